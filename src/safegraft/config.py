@@ -1,0 +1,83 @@
+"""The settings of each run: from the command line, the library and YAML alike, every error reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class Settings(BaseModel):
+    """Unknown keys are refused; values are checked on creation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MergeConfig(Settings):
+    """One merge: ``W = W_base + method(task delta, strength · safety vector)``."""
+
+    model: str = Field(description="the fine-tune: a folder, a Hub id, or a LoRA adapter")
+    base: str | None = Field(None, description="what it was fine-tuned from; an adapter may name its own")
+    vector: str = Field(description="the safety vector's folder")
+    out: str = Field(description="the folder to write")
+    method: str = Field("interference", description="see `safegraft methods`")
+    strength: float = Field(0.1, ge=0, allow_inf_nan=False, description="β; the vector is scaled to β·‖τ‖/‖Δ‖")
+    params: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
+    dtype: DtypeName | None = Field(None, description="dtype of the output; the fine-tune's if not given")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the arithmetic runs")
+    workers: int | None = Field(None, ge=1, le=256, description="threads; the number of cores if not given")
+    resume: bool = False
+    force: bool = False
+    strict: bool = Field(False, description="make a doubtful lineage an error")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S], file: Path | None, given: dict[str, Any]) -> S:
+    """Settings from a YAML file, overridden by ``given`` where that is not None.
+
+    Raises:
+        ConfigError: the file is not a YAML mapping, or keys or values are wrong; all of them in one message.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {file}: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file} does not hold a mapping of settings")
+        values.update(loaded)
+    values.update({key: value for key, value in given.items() if value is not None})
+    return validated(kind, values)
+
+
+def validated(kind: type[S], values: dict[str, Any]) -> S:
+    """``kind(**values)``, with pydantic's findings as one ConfigError."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or kind.__name__
+            shown = "" if item["type"] in ("missing", "extra_forbidden") else f" (got {item['input']!r})"
+            lines.append(f"- {key}: {_plain(item)}{shown}")
+        known = ", ".join(kind.model_fields)
+        raise ConfigError("settings that cannot be used:\n" + "\n".join(lines), f"Known settings: {known}.") from error
+
+
+def _plain(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return "there is no such setting"
+    if item["type"] == "missing":
+        return "must be given"
+    if item["loc"] == ("strength",) and item["type"] == "greater_than_equal":
+        return "a negative strength takes safety away, which Safegraft refuses to do; give 0 or more"
+    return str(item["msg"])

@@ -1,0 +1,1 @@
+"""Training-free merging of safety vectors into fine-tuned models."""

@@ -1,0 +1,48 @@
+"""The model card written beside a merged model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..tensors.finetune import FineTune
+from .method import Method
+
+if TYPE_CHECKING:
+    from .run import MergeSummary
+
+
+def model_card(fine: FineTune, method: Method, summary: MergeSummary) -> str:
+    """Markdown with the Hub's front matter: what was merged, how strongly, and what was not checked."""
+    weight = "" if summary.mean_weight is None else f"; mean weight w {summary.mean_weight:.3f}"
+    parents = "\n".join(f"- {name}" for name in dict.fromkeys([_plain(fine.label), _plain(fine.base.label)]))
+    warnings = "".join(f"\n> {text}\n" for text in summary.warnings)
+    return f"""---
+base_model:
+{parents}
+base_model_relation: merge
+library_name: transformers
+tags:
+- safegraft
+- merge
+- safety
+---
+# {_plain(fine.label)}, with its safety put back
+
+Made with Safegraft: a safety vector was added to the fine-tune's weights, without training.
+
+| | |
+|---|---|
+| fine-tune | `{_plain(fine.label)}` |
+| fine-tuned from | `{_plain(fine.base.label)}` |
+| method | {method.name} ({method.paper}) |
+| strength β | {summary.strength:g} (scale α {summary.alpha:.4g}{weight}) |
+| tensors merged / kept as they were | {summary.merged} / {summary.copied} |
+{warnings}
+`manifest.json` holds every setting, the digests of all inputs and of this model, and the figures of every tensor.
+Whether this model refuses what it should, and still does its task, is for a measurement to say: measure it before use.
+"""
+
+
+def _plain(label: str) -> str:
+    """A Hub id as it is; of a local folder only its last name, so that no path of this machine is published."""
+    return label if label.count("/") == 1 and not label.startswith((".", "/", "~")) else label.rstrip("/").split("/")[-1]

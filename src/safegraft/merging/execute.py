@@ -1,0 +1,171 @@
+"""Do what the plan says: one loop over units, several workers, nothing flows back but figures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericError
+from ..tensors.finetune import FineTune
+from ..tensors.lowrank import Delta
+from ..tensors.source import Workspace, as_bytes
+from ..tensors.vector import SafetyVector
+from ..tensors.writer import OutputFolder, sha256
+from .method import GlobalStats, Merged, Method, TensorTriple
+from .plan import Plan, Unit
+from .survey import Progress, Survey, parallel
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the units of one run share."""
+
+    fine: FineTune
+    vector: SafetyVector | None
+    method: Method
+    params: object
+    survey: Survey
+    stats: GlobalStats
+    folder: OutputFolder
+    device: str
+    seed: int
+
+
+def execute(plan: Plan, run: Run, workers: int, progress: Progress | None = None) -> dict[str, dict[str, float]]:
+    """Write every unit that is not yet written. Returns the method's figures by tensor (of this attempt).
+
+    Raises:
+        NumericError: a result is NaN or Inf. OutputError: the disk refuses.
+    """
+    folder = run.folder
+
+    def one(unit: Unit, workspace: Workspace) -> tuple[str, dict[str, float]]:
+        figures: dict[str, float] = {}
+        todo = [n for n in (unit.name, *unit.also) if n not in folder.finished]
+        if todo and unit.action == "copy":
+            for name in todo:
+                shard, entry = run.fine.layout.entry(name)
+                folder.copy(name, shard.fd, entry.offset)
+                folder.done(name, run.survey.tensors[unit.name].model_sha256)
+        elif todo and unit.action == "cast":
+            _cast(unit, todo, run, workspace)
+        elif todo or unit.action == "merge":
+            figures = _compute(unit, todo, run, workspace)
+        if progress:
+            progress(unit.name, unit.spec.nbytes)
+        return unit.name, figures
+
+    order = sorted(plan.units, key=lambda u: -u.cost)
+    return {name: figures for name, figures in parallel(one, order, workers) if figures}
+
+
+def merge_tensor(
+    method: Method,
+    params: object,
+    stats: GlobalStats,
+    *,
+    name: str,
+    base: Tensor,
+    task: Delta,
+    safety: Delta,
+    seed: int = 0,
+) -> Merged | None:
+    """Apply a method to one tensor; a stack of matrices [e, m, n] goes slice by slice.
+
+    Figures of a stack are the mean over its slices. None where every slice keeps the fine-tune.
+    """
+    if base.dim() <= 2:
+        return method.function(TensorTriple(name, base, task, safety, generator(seed, name, base.device)), params, stats)
+    shape = base.shape
+    flat = [d if len(shape) == 3 else _stack(d) for d in (task, safety)]
+    base = base.reshape(-1, *shape[-2:])
+    if min(shape[-2:]) < 2:
+        flat = [Delta((d.full.numel(),), full=d.full.reshape(-1), scale=d.scale) if d.full is not None
+                else Delta((base.numel(),)) for d in flat]
+        whole = method.function(
+            TensorTriple(name, base.reshape(-1), flat[0], flat[1], generator(seed, name, base.device)), params, stats
+        )
+        return None if whole is None else Merged(whole.delta.reshape(shape), whole.figures)
+    parts = []
+    for i, (t, s) in enumerate(zip(flat[0].slices(), flat[1].slices(), strict=True)):
+        rng = generator(seed, f"{name}[{i}]", base.device)
+        parts.append(method.function(TensorTriple(f"{name}[{i}]", base[i], t, s, rng), params, stats))
+    if all(p is None for p in parts):
+        return None
+    stacked = torch.stack([p.delta if p else t.dense() for p, t in zip(parts, flat[0].slices(), strict=True)])
+    told = [p.figures for p in parts if p]
+    means = {key: sum(f[key] for f in told) / len(told) for key in told[0]}
+    return Merged(stacked.reshape(shape), means)
+
+
+def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the run's seed and the tensor's name alone."""
+    mixed = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
+
+
+def _stack(delta: Delta) -> Delta:
+    shape = (-1, *delta.shape[-2:])
+    return delta if delta.full is None else Delta(delta.full.reshape(shape).shape, full=delta.full.reshape(shape),
+                                                  scale=delta.scale)
+
+
+def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> dict[str, float]:
+    fine, name = run.fine, unit.name
+    base, task = fine.read(name, workspace)
+    safety = Delta(task.shape)
+    if unit.action == "merge" and run.vector is not None:
+        stored = name if name in run.vector else next(n for n in run.vector.names() if fine.layout.counterpart(n) == name)
+        safety = fine.safety(stored, run.vector, workspace).scaled(run.stats.alpha)
+    if run.device != "cpu":
+        base, task, safety = base.to(run.device), task.to(run.device), safety.to(run.device)
+    merged = merge_tensor(
+        run.method, run.params, run.stats, name=name, base=base, task=task, safety=safety, seed=run.seed
+    )
+    if not todo:
+        return merged.figures if merged else {}
+    if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
+        for target in todo:
+            shard, entry = fine.layout.entry(target)
+            run.folder.copy(target, shard.fd, entry.offset)
+            run.folder.done(target, run.survey.tensors[name].model_sha256)
+        return {}
+    result = base + (merged.delta if merged else task.dense())
+    out = workspace.take("out", unit.spec.shape, unit.spec.dtype)
+    rows = result.shape[0] if result.dim() else None
+    if rows is not None and rows < unit.spec.shape[0]:
+        raw = workspace.take("rest", fine.layout.spec(name).shape, fine.layout.spec(name).dtype)
+        out.copy_(fine.layout.read_into(raw, name))
+    (out if rows is None else out[:rows]).copy_(result)
+    if not torch.isfinite(out).all():
+        raise NumericError(
+            f"{name}: the merged weight holds NaN or Inf in {unit.spec.dtype}",
+            "Use a smaller --strength, or an output --dtype with a wider range.",
+        )
+    data = as_bytes(out)
+    digest = sha256(data)
+    for target in todo:
+        run.folder.write(target, data)
+        run.folder.done(target, digest)
+    return merged.figures if merged else {}
+
+
+def _cast(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> None:
+    running = hashlib.sha256()
+    position = 0
+    for part in run.fine.layout.chunks(unit.name, workspace, "cast.in"):
+        out = workspace.take("cast.out", part.shape, unit.spec.dtype).copy_(part)
+        if not torch.isfinite(out).all():
+            raise NumericError(
+                f"{unit.name} does not fit {unit.spec.dtype}: it overflows to Inf", "Choose another --dtype."
+            )
+        data = as_bytes(out)
+        running.update(data)
+        for target in todo:
+            run.folder.write(target, data, position)
+        position += len(data)
+    for target in todo:
+        run.folder.done(target, running.hexdigest())

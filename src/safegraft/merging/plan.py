@@ -1,0 +1,129 @@
+"""What a merge will do, as data: decided from headers alone, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..tensors.files import ShardLayout, build_layout
+from ..tensors.finetune import FineTune
+from ..tensors.scopes import layer_and_module
+from ..tensors.source import MERGEABLE, TensorSpec
+from ..tensors.vector import SafetyVector
+
+Action = Literal["copy", "cast", "apply", "merge"]
+
+WHY: dict[Action, str] = {
+    "copy": "not in the vector: the fine-tune's bytes",
+    "cast": "not in the vector: the fine-tune's values in the dtype asked for",
+    "apply": "not in the vector: base plus the adapter's update",
+    "merge": "in the vector: the method decides",
+}
+PROCESS_BYTES = 420_000_000
+"""Resident memory of Python with torch loaded, before any weight is read."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One tensor of the output. ``also`` are stored copies of the same weight (a tied head) that get the same bytes."""
+
+    name: str
+    action: Action
+    spec: TensorSpec
+    shard: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        return WHY[self.action]
+
+    @property
+    def cost(self) -> float:
+        """Rough work: bytes moved, plus for merges the arithmetic of a Gram eigendecomposition."""
+        bytes_moved = float(self.spec.nbytes)
+        if self.action != "merge" or len(self.spec.shape) < 2:
+            return bytes_moved
+        short, long = sorted(self.spec.shape[-2:])
+        stack = self.spec.numel / (short * long)
+        return bytes_moved + stack * (4 * short**2 * long + 9 * short**3) / 20
+
+    @property
+    def working_set(self) -> int:
+        """Bytes one worker holds while it does this unit."""
+        if self.action == "copy":
+            return 0
+        if self.action == "cast":
+            return 3 * self.spec.numel * 4
+        return 9 * self.spec.numel * 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every unit of the output and the files they lie in."""
+
+    units: tuple[Unit, ...]
+    layouts: tuple[ShardLayout, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(layout.nbytes for layout in self.layouts)
+
+    def peak_bytes(self, workers: int) -> int:
+        """Expected peak memory: the process, and the largest working set on every worker."""
+        return PROCESS_BYTES + workers * max((u.working_set for u in self.units), default=0)
+
+    def groups(self) -> list[tuple[str, Action, int, int]]:
+        """``(module, action, tensors, bytes)`` for every kind of module, in the model's order."""
+        found: dict[tuple[str, Action], list[int]] = {}
+        for unit in self.units:
+            group = found.setdefault((layer_and_module(unit.name)[1], unit.action), [0, 0])
+            group[0] += 1
+            group[1] += unit.spec.nbytes
+        return [(module, action, n, size) for (module, action), (n, size) in found.items()]
+
+
+def make_plan(fine: FineTune, vector: SafetyVector | None, dtype: torch.dtype | None = None) -> Plan:
+    """Plan the output of merging ``vector`` into ``fine``; ``dtype`` changes floating-point weights' dtype.
+
+    With the fine-tune's own dtype each shard's header is the fine-tune's, byte for byte.
+    """
+    layout = fine.layout
+    changed = {layout.counterpart(n) for n in vector.names()} if vector is not None else set()
+    layouts, specs = [], {}
+    for filename, shard in layout.shards.items():
+        old = [entry.spec for entry in sorted(shard.layout.entries.values(), key=lambda e: e.offset)]
+        new = [TensorSpec(s.name, _dtype(s.dtype, dtype), s.shape) for s in old]
+        same = new == old
+        layouts.append(shard.layout if same else build_layout(filename, new, shard.metadata or {"format": "pt"}))
+        specs.update({s.name: s for s in new})
+    copies: dict[str, list[str]] = {}
+    for head, embedding in layout.tied.items():
+        copies.setdefault(embedding, []).append(head)
+    units = []
+    for name in layout.names():
+        if name in layout.tied:
+            continue
+        action: Action = "copy"
+        if name in changed and layout.is_mergeable(name):
+            action = "merge"
+        elif fine.adapter is not None and name in fine.adapter:
+            action = "apply"
+        elif specs[name].dtype != layout.spec(name).dtype:
+            action = "cast"
+        units.append(Unit(name, action, specs[name], layout.shard_of(name), tuple(copies.get(name, ()))))
+    return Plan(tuple(units), tuple(layouts), tuple(fine.pairing.notes))
+
+
+def index_of(layouts: Sequence[ShardLayout], metadata: dict[str, object]) -> dict[str, object]:
+    """The content of ``model.safetensors.index.json``."""
+    total = sum(e.spec.nbytes for layout in layouts for e in layout.entries.values())
+    where = {name: layout.filename for layout in layouts for name in layout.entries}
+    return {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(where.items()))}
+
+
+def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored in MERGEABLE else stored

@@ -1,0 +1,245 @@
+"""One streaming pass over the inputs: norms, digests, and whether every number is finite."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import NumericError
+from ..manifest import digest_of
+from ..tensors.finetune import FineTune
+from ..tensors.lowrank import Delta, sum_of_squares
+from ..tensors.source import Workspace, as_bytes
+from ..tensors.vector import SafetyVector
+from ..tensors.writer import sha256
+
+Progress = Callable[[str, int], None]
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """Of one tensor, over common rows: ‖W_b‖², ‖τ‖², ‖Δ‖², ⟨τ, Δ⟩, and the SHA-256 of the inputs' bytes.
+
+    ``model_sha256`` is that of the layout's tensor (the fine-tune's, or an adapter's base's).
+    """
+
+    base_sq: float
+    task_sq: float
+    safety_sq: float
+    dot: float
+    model_sha256: str
+    base_sha256: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of every tensor that counts (a tied head is its embedding and does not count again)."""
+
+    tensors: dict[str, TensorStats]
+    adapter_sha256: str | None = None
+
+    @property
+    def task_norm(self) -> float:
+        return math.sqrt(sum(t.task_sq for t in self.tensors.values()))
+
+    @property
+    def safety_norm(self) -> float:
+        return math.sqrt(sum(t.safety_sq for t in self.tensors.values()))
+
+    def digests(self) -> dict[str, str]:
+        """One SHA-256 for each input, over (name, digest) of all its tensors; independent of the shards' layout."""
+        out = {
+            "model": digest_of({n: t.model_sha256 for n, t in self.tensors.items()}),
+            "base": digest_of({n: t.base_sha256 for n, t in self.tensors.items()}),
+        }
+        if self.adapter_sha256:
+            out["model"] = self.adapter_sha256
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tensors": {n: asdict(t) for n, t in self.tensors.items()}, "adapter_sha256": self.adapter_sha256}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Survey:
+        return cls({n: TensorStats(**t) for n, t in data["tensors"].items()}, data["adapter_sha256"])
+
+
+def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: Progress | None = None) -> Survey:
+    """Read everything once, tensor by tensor, a few MB at a time where a tensor is not in the vector.
+
+    Raises:
+        NumericError: an input holds NaN or Inf; the message names the tensor and the input.
+    """
+    layout = fine.layout
+    names = [n for n in layout.names() if n not in layout.tied]
+    names.sort(key=lambda n: -layout.spec(n).nbytes)
+
+    def one(name: str, workspace: Workspace) -> tuple[str, TensorStats]:
+        whole = vector is not None and name in vector or fine.adapter is not None
+        stats = _whole(fine, vector, name, workspace) if whole and layout.is_mergeable(name) else None
+        stats = stats or _streamed(fine, name, workspace)
+        if progress:
+            progress(name, layout.spec(name).nbytes)
+        return name, stats
+
+    found = dict(parallel(one, names, workers))
+    adapter = sha256(fine.adapter.raw_bytes()) if fine.adapter else None
+    return Survey({n: found[n] for n in layout.names() if n in found}, adapter)
+
+
+def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
+    """A tensor outside the vector: element by element, in pieces."""
+    other = fine.pairing.counterparts[name]
+    rows, shape = fine.rows(name), fine.base.spec(other).shape
+    shared = math.prod((rows, *shape[1:])) if rows is not None else math.prod(shape)
+    same = fine.base is fine.layout and other == name
+    hashes = hashlib.sha256(), hashlib.sha256()
+    sums = [0.0, 0.0]
+    seen = 0
+    ours = fine.layout.chunks(name, workspace, "survey.task")
+    theirs = fine.base.chunks(other, workspace, "survey.base") if not same else None
+    floating = fine.layout.spec(name).dtype.is_floating_point
+    for task, base in _aligned(ours, theirs):
+        if task is not None:
+            hashes[0].update(as_bytes(task))
+        if base is not None:
+            hashes[1].update(as_bytes(base))
+        if not floating:
+            continue
+        if base is None:
+            base = task if same else None
+        a = None if task is None else task.float()
+        b = None if base is None else base.float()
+        longest = max(len(x) for x in (a, b) if x is not None)
+        common = min(shared - seen, *(len(x) for x in (a, b) if x is not None))
+        if common > 0 and a is not None and b is not None:
+            sums[0] += sum_of_squares(b[:common])
+            if not same:
+                sums[1] += sum_of_squares(a[:common] - b[:common])
+        if common < longest or not math.isfinite(sums[0] + sums[1]):
+            _require_finite(name, a, fine.layout.label)
+            _require_finite(name, b, fine.base.label)
+        seen += longest
+    digest = hashes[0].hexdigest()
+    return TensorStats(sums[0], sums[1], 0.0, 0.0, digest, digest if same else hashes[1].hexdigest())
+
+
+def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Workspace) -> TensorStats | None:
+    """A tensor in the vector, or any of an adapter's base."""
+    in_vector = vector is not None and name in vector
+    if not in_vector and not fine.changes(name):
+        return None
+    base, task = fine.read(name, workspace)
+    raw = workspace.take("survey.raw", fine.layout.spec(name).shape, fine.layout.spec(name).dtype)
+    model_digest = sha256(as_bytes(fine.layout.read_into(raw, name)))
+    if fine.base is fine.layout:
+        base_digest = model_digest
+    else:
+        other = fine.pairing.counterparts[name]
+        spec = fine.base.spec(other)
+        raw = workspace.take("survey.raw", spec.shape, spec.dtype)
+        base_digest = sha256(as_bytes(fine.base.read_into(raw, other)))
+    base_sq = sum_of_squares(base)
+    task_sq = task.norm() ** 2
+    for value, label in ((base_sq, fine.base.label), (task_sq, fine.label)):
+        if not math.isfinite(value):
+            raise _not_finite(name, label)
+    safety_sq = dot = 0.0
+    if in_vector:
+        assert vector is not None
+        delta = fine.safety(name, vector, workspace)
+        safety_sq = delta.norm() ** 2
+        if not math.isfinite(safety_sq):
+            raise _not_finite(name, vector.label)
+        dot = inner(task, delta)
+    return TensorStats(base_sq, task_sq, safety_sq, dot, model_digest, base_digest)
+
+
+def inner(a: Delta, b: Delta) -> float:
+    """⟨a, b⟩ over all entries, without forming a low-rank factor's product."""
+    if a.is_zero or b.is_zero:
+        return 0.0
+    if a.low is not None and b.low is not None:
+        value = ((a.low.left.T @ b.low.left) * (a.low.right.T @ b.low.right)).sum()
+    elif a.low is not None:
+        value = (a.low.left * (b.full @ a.low.right)).sum()  # type: ignore[operator]
+    elif b.low is not None:
+        value = (b.low.left * (a.full @ b.low.right)).sum()  # type: ignore[operator]
+    else:
+        x, y = a.full.reshape(-1), b.full.reshape(-1)  # type: ignore[union-attr]
+        return a.scale * b.scale * sum(
+            float(p.dot(q)) for p, q in zip(x.split(1 << 20), y.split(1 << 20), strict=True)
+        )
+    return a.scale * b.scale * float(value)
+
+
+def _aligned(
+    ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor] | None
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    while True:
+        a = next(ours, None)
+        b = None if theirs is None else next(theirs, None)
+        if a is None and b is None:
+            return
+        yield a, b
+
+
+def _require_finite(name: str, value: torch.Tensor | None, label: str) -> None:
+    if value is not None and not torch.isfinite(value).all():
+        raise _not_finite(name, label)
+
+
+def _not_finite(name: str, label: str) -> NumericError:
+    return NumericError(
+        f"{name} of {label} holds NaN or Inf", "That model is damaged; train or fetch it again before merging."
+    )
+
+
+def parallel(work: Callable[[A, Workspace], B], items: Iterable[A], workers: int) -> list[B]:
+    """``[work(item, workspace) …]`` on ``workers`` threads, each with its own workspace; the first error ends it.
+
+    Torch runs single-threaded inside each worker: results do not depend on the number of workers, and cores are not
+    oversubscribed.
+    """
+    local = threading.local()
+    stopped = threading.Event()
+
+    def run(item: A) -> B | None:
+        if stopped.is_set():
+            return None
+        if not hasattr(local, "workspace"):
+            torch.set_num_threads(1)
+            local.workspace = Workspace()
+        try:
+            return work(item, local.workspace)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with _single_threaded(), ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run, item) for item in items]
+        try:
+            return [f.result() for f in futures]  # type: ignore[misc]
+        except BaseException:
+            stopped.set()
+            raise
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

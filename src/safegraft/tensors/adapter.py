@@ -1,0 +1,217 @@
+"""A PEFT LoRA adapter seen as deltas on its base: low-rank factors, never the full matrix.
+
+Parameters as in peft's LoraConfig; the update of a linear layer is ``scaling · B @ A`` with ``scaling = alpha / r``
+(``alpha / sqrt(r)`` for rsLoRA, arXiv:2312.03732), r and alpha per module where rank_pattern / alpha_pattern name it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, MismatchError
+from .checkpoint import Checkpoint, near_misses, resolve
+from .files import ShardFile
+from .lowrank import Delta, LowRank
+from .source import TensorSpec, as_bytes
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class _Module:
+    a: str
+    b: str
+    scaling: float
+    embedding: bool
+
+
+def is_adapter(path: Path) -> bool:
+    return (path / CONFIG).exists()
+
+
+class Adapter:
+    """A LoRA adapter as a TensorSource of deltas, keyed by the base's tensor names.
+
+    Args:
+        path: the adapter's folder. base: the checkpoint it was trained on.
+
+    Raises:
+        CheckpointError: not LoRA, DoRA, a pickle, or damaged. MismatchError: it names modules the base lacks.
+    """
+
+    def __init__(self, path: Path, base: Checkpoint, *, label: str | None = None) -> None:
+        self.path, self.base = path, base
+        self.label = label or str(path)
+        self.config = read_config(path, self.label)
+        if not (path / WEIGHTS).exists():
+            if (path / "adapter_model.bin").exists():
+                raise CheckpointError(
+                    f"{self.label} is a pickle adapter; loading one runs whatever code it carries",
+                    "Load it with peft and save it again: save_pretrained() writes safetensors.",
+                )
+            raise CheckpointError(f"{self.label} has no {WEIGHTS}", "The adapter is not complete; fetch it again.")
+        self.file = ShardFile(path / WEIGHTS)
+        self.lora: dict[str, _Module] = {}
+        self.replaced: dict[str, str] = {}
+        self._sort_out()
+
+    @property
+    def base_reference(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+    def names(self) -> Sequence[str]:
+        return [*self.lora, *self.replaced]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.lora or name in self.replaced
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec(name, torch.float32, self.base.spec(name).shape)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        return self.delta(name, None).dense().to(device)
+
+    def delta(self, name: str, base: Tensor | None) -> Delta:
+        """The adapter's change of ``name``; ``base`` (float32) is needed for modules it replaces whole."""
+        shape = self.base.spec(name).shape
+        if name in self.replaced:
+            if base is None:
+                base = self.base.read(name).float()
+            return Delta(shape, full=self._get(self.replaced[name]).float() - base)
+        module = self.lora[name]
+        a, b = self._get(module.a).float(), self._get(module.b).float()
+        if module.embedding:
+            return Delta(shape, low=LowRank(a.T * module.scaling, b))
+        if self.config.get("fan_in_fan_out"):
+            return Delta(shape, low=LowRank(a.T * module.scaling, b))
+        return Delta(shape, low=LowRank(b * module.scaling, a.T))
+
+    def raw_bytes(self) -> bytes:
+        return (self.path / WEIGHTS).read_bytes()
+
+    def _get(self, key: str) -> Tensor:
+        entry = self.file.layout.entries[key]
+        out = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
+        self.file.read_into(as_bytes(out), entry.offset)
+        if not torch.isfinite(out).all():
+            from ..errors import NumericError
+
+            raise NumericError(f"{self.label}: {key} holds NaN or Inf", "Train or fetch the adapter again.")
+        return out
+
+    def _sort_out(self) -> None:
+        stored = self.file.layout.entries
+        unknown, problems = [], []
+        for key in stored:
+            name = key.removeprefix(_PREFIX)
+            if name.endswith(".lora_A.weight") or name.endswith(".lora_embedding_A"):
+                continue
+            if name.endswith((".lora_B.weight", ".lora_embedding_B")):
+                module, embedding = re.sub(r"\.lora_(B\.weight|embedding_B)$", "", name), "embedding" in name
+                a = key.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")
+                target = self._target(f"{module}.weight")
+                if a not in stored:
+                    problems.append(f"{key} has no {a.rsplit('.', 2)[-2]} beside it")
+                elif target is None:
+                    unknown.append(f"{module}.weight")
+                else:
+                    rank = stored[a].spec.shape[0]
+                    self.lora[target] = _Module(a, key, self._scaling(module, rank), embedding)
+                    self._check_shape(target, stored[a].spec.shape, stored[key].spec.shape, embedding, problems)
+            elif ".lora_" in name:
+                problems.append(f"{key} is of a kind that is not handled")
+            else:
+                target = self._target(name)
+                if target is None:
+                    unknown.append(name)
+                elif self.base.spec(target).shape != stored[key].spec.shape:
+                    problems.append(
+                        f"{name} is {list(stored[key].spec.shape)}, the base's is {list(self.base.spec(target).shape)}"
+                    )
+                else:
+                    self.replaced[target] = key
+        problems += near_misses(unknown, self.base.names(), f"the adapter changes {{}}, which {self.base.label} lacks")
+        if problems:
+            raise MismatchError(
+                f"the adapter {self.label} does not fit {self.base.label}:\n" + "\n".join(f"- {p}" for p in problems),
+                f"Give the base it was trained on: {self.base_reference or 'its config names none'}.",
+            )
+
+    def _target(self, name: str) -> str | None:
+        for candidate in (name, name.replace(".base_layer.", "."), name.removeprefix("model.")):
+            found = self.base.counterpart(candidate)
+            if found is not None:
+                return found
+        return None
+
+    def _check_shape(
+        self, target: str, a: tuple[int, ...], b: tuple[int, ...], embedding: bool, problems: list[str]
+    ) -> None:
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            problems.append(f"{target}: factors {list(a)} and {list(b)} do not multiply (only linear layers are handled)")
+            return
+        flipped = embedding or self.config.get("fan_in_fan_out")
+        shape = (a[1], b[0]) if flipped else (b[0], a[1])
+        if shape != self.base.spec(target).shape:
+            problems.append(f"{target}: update {list(shape)}, the base's weight {list(self.base.spec(target).shape)}")
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        expected = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank))
+        if int(expected) != rank:
+            raise CheckpointError(
+                f"{self.label}: {module} is stored with rank {rank}, its config says {expected}",
+                "The adapter's weights and config do not belong together; fetch it again.",
+            )
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def read_config(path: Path, label: str) -> dict[str, Any]:
+    """``adapter_config.json``, with every kind that cannot be merged exactly refused by name."""
+    try:
+        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG} is not readable JSON: {error}") from error
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind != "LORA":
+        raise CheckpointError(f"{label} is a {kind} adapter; only LoRA can be merged", "Merge it with peft first.")
+    if config.get("use_dora"):
+        raise CheckpointError(
+            f"{label} is a DoRA adapter: its change is not the product of two factors",
+            "Merge it into its base with peft's merge_and_unload(), save, and give that folder as --model.",
+        )
+    if config.get("lora_bias") or config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{label} was trained with bias={config.get('bias')!r}, lora_bias={bool(config.get('lora_bias'))}",
+            "Merge it into its base with peft's merge_and_unload(), save, and give that folder as --model.",
+        )
+    return config
+
+
+def open_base_of(adapter: Path, given: str | Path | None) -> Checkpoint:
+    """The adapter's base: the one given, else the one its config names."""
+    if given is not None:
+        return Checkpoint.open(given)
+    named = read_config(adapter, str(adapter)).get("base_model_name_or_path")
+    if not named:
+        raise CheckpointError(f"{adapter} does not say what it was trained on", "Give it with --base.")
+    return Checkpoint(resolve(named), label=str(named))
+
+
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """peft's rule: a key is a regular expression that must match the end of the module's name, at a dot."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(?:.*\.)?({key})$", module):
+            return value
+    return default

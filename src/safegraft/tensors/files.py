@@ -1,0 +1,145 @@
+"""The safetensors container, read by ``pread`` and written in place: headers and byte ranges, no tensors kept.
+
+Format: 8 bytes little-endian header length N, N bytes JSON (name -> dtype, shape, data_offsets), then the data.
+https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .source import DTYPE_NAMES, DTYPES, TensorSpec
+
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor inside one file; ``offset`` counts from the start of the file."""
+
+    spec: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """A file's header bytes and where each tensor's data lies."""
+
+    filename: str
+    header: bytes
+    entries: dict[str, Entry]
+
+    @property
+    def nbytes(self) -> int:
+        return max([len(self.header), *(e.offset + e.spec.nbytes for e in self.entries.values())])
+
+
+class ShardFile:
+    """A safetensors file open for reading. Only the header is read on opening.
+
+    Raises:
+        CheckpointError: the file is truncated, its header is not valid, or a dtype is unknown.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            self.layout, self.metadata = _read_header(path, self.fd)
+        except BaseException:
+            os.close(self.fd)
+            self.fd = -1
+            raise
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` of the file. Raises CheckpointError when the file ends early."""
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self.fd, [buffer[done : done + (1 << 30)]], offset + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.path} ended at byte {offset + done} while being read",
+                    "The file changed or its disk failed; fetch it again.",
+                )
+            done += got
+
+
+def build_layout(
+    filename: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> ShardLayout:
+    """Lay tensors out one after the other in the order given, behind a header padded to 8 bytes."""
+    table: dict[str, Any] = {}
+    if metadata:
+        table["__metadata__"] = dict(metadata)
+    position = 0
+    for spec in specs:
+        end = position + spec.nbytes
+        table[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    entries = {
+        spec.name: Entry(spec, len(header) + table[spec.name]["data_offsets"][0]) for spec in specs
+    }
+    return ShardLayout(filename, header, entries)
+
+
+def _read_header(path: Path, fd: int) -> tuple[ShardLayout, dict[str, str]]:
+    size = os.fstat(fd).st_size
+    again = "Fetch or save the file again."
+    prefix = os.pread(fd, 8, 0)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} is not a safetensors file: {size} bytes long", again)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: its header claims {length} bytes of a file of {size}", again
+        )
+    raw = os.pread(fd, length, 8)
+    try:
+        table = json.loads(raw)
+        metadata = dict(table.pop("__metadata__", {}) or {})
+        entries = {name: _entry(name, item, 8 + length) for name, item in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}", again) from error
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+        if entry.offset != end:
+            raise CheckpointError(f"{path} has a damaged header: {name} does not follow the tensor before it", again)
+        end = entry.offset + entry.spec.nbytes
+    if end != size:
+        raise CheckpointError(f"{path} is truncated or padded: {size} bytes, but its header describes {end}", again)
+    return ShardLayout(path.name, prefix + raw, entries), metadata
+
+
+def _entry(name: str, item: dict[str, Any], start: int) -> Entry:
+    if item["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {item['dtype']!r}")
+    spec = TensorSpec(name, DTYPES[item["dtype"]], tuple(int(n) for n in item["shape"]))
+    begin, end = item["data_offsets"]
+    if end - begin != spec.nbytes or begin < 0:
+        raise ValueError(f"{name} has {end - begin} bytes, its shape needs {spec.nbytes}")
+    return Entry(spec, start + begin)

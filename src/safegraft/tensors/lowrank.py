@@ -1,0 +1,204 @@
+"""Changes of one weight, dense or as a product of thin factors, and their thin SVD.
+
+Low rank is a type: a LoRA update and a stored low-rank vector stay factors; norms, inner products and SVDs never
+form the full matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GRAM_FLOOR = 3e-2
+"""Smallest σ_k/σ_1 for which singular vectors are taken from a float32 Gram matrix; below it, float64.
+
+Forming A·Aᵀ squares the condition number: float32 then resolves σ only down to about sqrt(1.2e-7) ≈ 3.5e-4 of σ_1, and
+the directions of a kept σ_k carry an error of about 1.2e-7·(σ_1/σ_k)². The floor keeps that below 1.4e-4 in any one
+vector, which moves the interference score (a sum over thousands of entries) by less than 1e-5: see
+tests/merge/test_linalg.py.
+"""
+
+
+@dataclass(frozen=True)
+class Svd:
+    """Leading singular triplets: ``A ≈ u @ diag(s) @ v.T``; u [m, k], s [k] falling, v [n, k]."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    complete: bool = False
+    """Whether every direction above the numerical rank is held, so that no more could be asked for."""
+
+    def leading(self, k: int) -> Svd:
+        return Svd(self.u[:, :k], self.s[:k], self.v[:, :k], self.complete and k >= self.s.numel())
+
+    def scaled(self, factor: float) -> Svd:
+        return replace(self, s=self.s * factor)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix ``left @ right.T``; left [m, r], right [n, r]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.left @ self.right.T
+
+    def norm(self) -> float:
+        """Frobenius norm, by trace((LᵀL)(RᵀR)) in float64."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0).sqrt())
+
+    def svd(self) -> Svd:
+        """Thin SVD from two QRs and an r × r SVD, in float64, directions below the numerical rank dropped."""
+        q_left, r_left = torch.linalg.qr(self.left.double())
+        q_right, r_right = torch.linalg.qr(self.right.double())
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        keep = numerical_rank(s, self.shape)
+        return Svd(
+            (q_left @ u[:, :keep]).float(), s[:keep].float(), (q_right @ vh[:keep].T).float(), complete=True
+        )
+
+
+def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
+    """How many σ exceed ``max(m, n)·ε₃₂·σ_max``: the directions that float32 weights can define at all.
+
+    Weights are float32 or shorter, so smaller directions are rounding noise, whose vectors are arbitrary.
+    """
+    if s.numel() == 0 or float(s[0]) == 0.0:
+        return 0
+    return int((s > max(shape) * torch.finfo(torch.float32).eps * s[0]).sum())
+
+
+def thin_svd(matrix: Tensor, k: int) -> Svd:
+    """The leading ``k`` singular triplets of a float32 ``matrix`` [m, n], those above the numerical rank.
+
+    The vectors of the shorter side come from ``eigh`` of the Gram matrix, those of the longer side by one
+    multiplication. Where σ_k falls below ``GRAM_FLOOR``·σ_1 the Gram matrix is formed again in float64.
+    """
+    rows, columns = matrix.shape
+    if rows > columns:
+        flipped = thin_svd(matrix.T, k)
+        return Svd(flipped.v, flipped.s, flipped.u, flipped.complete)
+    k = min(k, rows)
+    if k == 0:
+        return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0))
+    largest = float(matrix.abs().max())
+    if largest == 0.0:
+        return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0), complete=True)
+    unit = matrix / largest
+    u, s = _gram_eigh(unit, k)
+    if float(s[-1]) < GRAM_FLOOR * float(s[0]):
+        unit = unit.double()
+        u, s = _gram_eigh(unit, k)
+    keep = numerical_rank(s, (rows, columns))
+    u, s = u[:, :keep], s[:keep]
+    v = (unit.T @ u) / s
+    return Svd(u.float(), (s * largest).float(), v.float(), complete=keep < k)
+
+
+def _gram_eigh(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    leading = vectors[:, -k:].flip(1)
+    return leading.contiguous(), values[-k:].flip(0).clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One tensor's change, times ``scale``: dense, low-rank, or zero; with its SVD where that is already known.
+
+    ``full`` is float32 of any shape; ``low`` has two dimensions. Exactly one of them is given, or none for zero.
+    """
+
+    shape: tuple[int, ...]
+    full: Tensor | None = None
+    low: LowRank | None = None
+    known: Svd | None = None
+    scale: float = 1.0
+
+    @property
+    def is_zero(self) -> bool:
+        return self.scale == 0.0 or (self.full is None and self.low is None)
+
+    def dense(self) -> Tensor:
+        """The whole tensor; for an unscaled dense delta the stored one itself, so do not write to it."""
+        if self.is_zero:
+            return torch.zeros(self.shape)
+        tensor = self.full if self.full is not None else self.low.dense()  # type: ignore[union-attr]
+        return tensor if self.scale == 1.0 else tensor * self.scale
+
+    def norm(self) -> float:
+        """Frobenius norm (root of the sum of squares)."""
+        if self.is_zero:
+            return 0.0
+        if self.full is None:
+            assert self.low is not None
+            return abs(self.scale) * self.low.norm()
+        return abs(self.scale) * sum_of_squares(self.full) ** 0.5
+
+    def scaled(self, factor: float) -> Delta:
+        return replace(self, scale=self.scale * factor)
+
+    def to(self, device: torch.device | str) -> Delta:
+        def move(value: Tensor) -> Tensor:
+            return value.to(device)
+
+        return replace(
+            self,
+            full=None if self.full is None else move(self.full),
+            low=None if self.low is None else LowRank(move(self.low.left), move(self.low.right)),
+            known=None
+            if self.known is None
+            else replace(self.known, u=move(self.known.u), s=move(self.known.s), v=move(self.known.v)),
+        )
+
+    def svd(self, k: int) -> Svd:
+        """The leading ``k`` triplets above the numerical rank, from the stored ones where they reach far enough."""
+        if len(self.shape) != 2:
+            raise ValueError(f"an SVD needs two dimensions, not {self.shape}")
+        shape = (self.shape[0], self.shape[1])
+        if self.is_zero:
+            return Svd(torch.zeros(shape[0], 0), torch.zeros(0), torch.zeros(shape[1], 0), complete=True)
+        if self.known is not None and (self.known.complete or self.known.s.numel() >= k):
+            found = self.known.leading(numerical_rank(self.known.s, shape))
+        elif self.low is not None:
+            found = self.low.svd()
+        else:
+            assert self.full is not None
+            found = thin_svd(self.full, k)
+        return found.leading(min(k, found.s.numel())).scaled(self.scale)
+
+    def slices(self) -> list[Delta]:
+        """A stack of matrices [e, m, n] (fused experts) as e deltas of two dimensions."""
+        rest = self.shape[1:]
+        if self.is_zero:
+            return [Delta(rest) for _ in range(self.shape[0])]
+        assert self.full is not None
+        known = self.known
+        return [
+            Delta(
+                rest,
+                full=self.full[i],
+                known=None if known is None else Svd(known.u[i], known.s[i], known.v[i], known.complete),
+                scale=self.scale,
+            )
+            for i in range(self.shape[0])
+        ]
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    """In float64 across pieces of 2²⁰ elements, float32 within a piece; relative error below 1e-5."""
+    flat = tensor.reshape(-1)
+    return sum(float(part.dot(part)) for part in flat.split(1 << 20))
