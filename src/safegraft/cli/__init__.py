@@ -1,0 +1,54 @@
+"""The command line: parse, check, one library call, print."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .. import __version__
+from ..errors import UserError
+from . import demo, inspect, merge, methods, vector, verify
+from .console import stderr
+
+app = typer.Typer(
+    name="safegraft",
+    help="Give a fine-tuned language model its safety back, without retraining it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("merge")(merge.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("methods")(methods.command)
+app.add_typer(vector.app, name="vector")
+app.command("demo")(demo.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"safegraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors the user can mend end with status 2 and no traceback, an interrupt with 130."""
+    try:
+        app()
+    except UserError as error:
+        stderr.print(f"Error: {error.args[0]}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            stderr.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print("Stopped. Nothing that looks whole was left; --resume goes on where there is one.")
+        sys.exit(130)

@@ -125,7 +125,7 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
         if common > 0 and a is not None and b is not None:
             sums[0] += sum_of_squares(b[:common])
             if not same:
-                sums[1] += sum_of_squares(a[:common] - b[:common])
+                sums[1] += sum_of_squares(a[:common].sub_(b[:common]))
         if common < longest or not math.isfinite(sums[0] + sums[1]):
             _require_finite(name, a, fine.layout.label)
             _require_finite(name, b, fine.base.label)
@@ -178,7 +178,7 @@ def inner(a: Delta, b: Delta) -> float:
     else:
         x, y = a.full.reshape(-1), b.full.reshape(-1)  # type: ignore[union-attr]
         return a.scale * b.scale * sum(
-            float(p.dot(q)) for p, q in zip(x.split(1 << 20), y.split(1 << 20), strict=True)
+            float(p.dot(q)) for p, q in zip(x.split(1 << 16), y.split(1 << 16), strict=True)
         )
     return a.scale * b.scale * float(value)
 

@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 HEAD_SUFFIXES = ("lm_head.weight", "embed_out.weight")
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 
 _CONVERT = {
     "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained()",
@@ -186,7 +186,13 @@ class Checkpoint:
 
     def _shard_names(self) -> list[str]:
         if self.index is not None:
-            names = sorted(set(self.index.get("weight_map", {}).values()))
+            listed = self.index.get("weight_map")
+            if not isinstance(listed, dict):
+                raise CheckpointError(f"{self.label}: {INDEX} has no weight_map", "Fetch the index again.")
+            odd = [n for n in listed.values() if not isinstance(n, str) or Path(n).name != n]
+            if odd:
+                raise CheckpointError(f"{self.label}: {INDEX} names {odd[0]!r}, which is no file of this folder")
+            names = sorted(set(listed.values()))
             missing = [n for n in names if not (self.path / n).exists()]
             if missing:
                 raise CheckpointError(
@@ -251,10 +257,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_quantised(label: str, config: dict[str, Any]) -> None:
-    quantisation = config.get("quantization_config")
+    text = config.get("text_config")
+    quantisation = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
     if not quantisation:
         return
-    method = str(quantisation.get("quant_method") or quantisation.get("load_in_4bit") or "unknown").lower()
+    given = quantisation if isinstance(quantisation, dict) else {}
+    by_bits = "bitsandbytes" if given.get("load_in_4bit") or given.get("load_in_8bit") else "unknown"
+    method = str(given.get("quant_method") or by_bits).lower()
     step = next((text for key, text in _CONVERT.items() if key in method or method in key), None)
     raise CheckpointError(
         f"{label} is quantised ({method}); adding a safety vector needs its full weights",

@@ -50,6 +50,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fd = -1
         try:
             self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
@@ -123,7 +124,7 @@ def _read_header(path: Path, fd: int) -> tuple[ShardLayout, dict[str, str]]:
         table = json.loads(raw)
         metadata = dict(table.pop("__metadata__", {}) or {})
         entries = {name: _entry(name, item, 8 + length) for name, item in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error}", again) from error
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
@@ -138,8 +139,10 @@ def _read_header(path: Path, fd: int) -> tuple[ShardLayout, dict[str, str]]:
 def _entry(name: str, item: dict[str, Any], start: int) -> Entry:
     if item["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {item['dtype']!r}")
-    spec = TensorSpec(name, DTYPES[item["dtype"]], tuple(int(n) for n in item["shape"]))
+    spec = TensorSpec(name, DTYPES[item["dtype"]], tuple(item["shape"]))
     begin, end = item["data_offsets"]
-    if end - begin != spec.nbytes or begin < 0:
+    if any(type(n) is not int or n < 0 for n in (*spec.shape, begin, end)):
+        raise ValueError(f"{name} has a shape or offsets that are not whole numbers")
+    if end - begin != spec.nbytes:
         raise ValueError(f"{name} has {end - begin} bytes, its shape needs {spec.nbytes}")
     return Entry(spec, start + begin)

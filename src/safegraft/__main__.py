@@ -1,0 +1,5 @@
+"""``python -m safegraft``."""
+
+from .cli import main
+
+main()

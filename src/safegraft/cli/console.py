@@ -1,0 +1,62 @@
+"""What the commands share: consoles, a progress bar, and sizes for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+_LABELS = {"survey": "reading", "merge": "merging", "read": "reading"}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error with rate and time left; yields ``report(stage, bytes done, bytes in all)``."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(_LABELS.get(stage, stage), total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield report
+
+
+def size(nbytes: float) -> str:
+    """1536 -> "1.5 kB"; decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        stderr.print(f"Warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def note(sentences: list[str]) -> None:
+    for sentence in sentences:
+        stderr.print(f"Note: {sentence}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,18 @@
+"""safegraft methods"""
+
+from __future__ import annotations
+
+from .console import stdout
+
+
+def command() -> None:
+    """List the merge methods with their parameters, defaults and papers."""
+    from ..merging import methods as _methods
+    from ..merging.method import METHODS
+
+    _ = _methods
+    for name, method in METHODS:
+        stdout.print(f"{name}  ({method.paper})", style="bold", highlight=False)
+        stdout.print(f"  {method.summary}", highlight=False)
+        for key, info in method.params.model_fields.items():
+            stdout.print(f"  {key} = {info.default!r}: {info.description}", highlight=False, markup=False)

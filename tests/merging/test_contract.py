@@ -1,0 +1,95 @@
+"""What every registered merge method must do, whatever it computes."""
+
+import pytest
+import torch
+
+from safegraft.merging import methods as _methods
+from safegraft.merging.execute import generator, merge_tensor
+from safegraft.merging.method import METHODS, GlobalStats, TensorTriple
+from safegraft.tensors.lowrank import Delta, LowRank
+
+ALL = [method for _, method in METHODS]
+SHAPES = [(1,), (7,), (1, 1), (1, 5), (5, 1), (2, 2), (6, 4), (4, 6), (3, 4, 5)]
+STATS = GlobalStats(task_norm=1.0, safety_norm=1.0, alpha=1.0)
+
+pytestmark = pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+assert _methods
+
+
+def normal(shape, seed, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(method, base, task, safety, name="layers.0.q_proj.weight"):
+    return merge_tensor(method, method.parameters({}), STATS, name=name, base=base, task=task, safety=safety)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shape_dtype_and_finite(method, shape):
+    merged = run(method, normal(shape, 0), Delta(shape, full=normal(shape, 1)), Delta(shape, full=normal(shape, 2)))
+    assert merged is not None
+    assert merged.delta.shape == shape
+    assert merged.delta.dtype == torch.float32
+    assert torch.isfinite(merged.delta).all()
+
+
+def test_inputs_are_not_changed(method):
+    base, task, safety = normal((6, 4), 0), normal((6, 4), 1), normal((6, 4), 2)
+    before = [t.clone() for t in (base, task, safety)]
+    run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety).scaled(0.5))
+    for now, then in zip((base, task, safety), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_zero_vector_keeps_the_fine_tune(method, shape):
+    task = Delta(shape, full=normal(shape, 1))
+    assert run(method, normal(shape, 0), task, Delta(shape)) is None
+    assert run(method, normal(shape, 0), task, Delta(shape, full=normal(shape, 2)).scaled(0.0)) is None
+
+
+def test_same_inputs_same_result_in_any_order(method):
+    tensors = {f"layers.{i}.weight": (normal((6, 4), i), normal((6, 4), 10 + i), normal((6, 4), 20 + i)) for i in range(4)}
+
+    def every(names):
+        out = {}
+        for name in names:
+            base, task, safety = tensors[name]
+            out[name] = run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety), name).delta
+        return out
+
+    first, second = every(tensors), every(reversed(tensors))
+    assert all(torch.equal(first[n], second[n]) for n in tensors)
+
+
+def test_an_unchanged_tensor_still_gets_the_vector(method):
+    merged = run(method, normal((6, 4), 0), Delta((6, 4)), Delta((6, 4), full=normal((6, 4), 2)))
+    assert merged is not None
+    assert float(merged.delta.norm()) > 0
+
+
+def test_low_rank_inputs_give_what_dense_ones_give(method):
+    task, safety = (LowRank(normal((9, 2), s), normal((7, 2), s + 1)) for s in (3, 5))
+    low = run(method, normal((9, 7), 0), Delta((9, 7), low=task), Delta((9, 7), low=safety))
+    dense = run(method, normal((9, 7), 0), Delta((9, 7), full=task.dense()), Delta((9, 7), full=safety.dense()))
+    assert torch.allclose(low.delta, dense.delta, atol=1e-5)
+
+
+def test_bfloat16_inputs_taken_to_float32(method):
+    base, task, safety = (normal((6, 4), s).bfloat16().float() for s in (0, 1, 2))
+    merged = run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety))
+    assert torch.isfinite((base + merged.delta).bfloat16()).all()
+
+
+def test_described(method):
+    assert method.summary
+    assert method.paper
+    for name, info in method.params.model_fields.items():
+        assert info.description, name
+
+
+def test_randomness_is_per_tensor(method):
+    triple = TensorTriple("a", normal((2, 2), 0), Delta((2, 2)), Delta((2, 2)), generator(0, "a"))
+    assert triple.rng.initial_seed() == generator(0, "a").initial_seed()
+    assert triple.rng.initial_seed() != generator(0, "b").initial_seed()
+    assert triple.rng.initial_seed() != generator(1, "a").initial_seed()
