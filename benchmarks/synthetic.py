@@ -1,6 +1,6 @@
 """Checkpoints of SmolLM2-135M's shapes (or more layers of them) with random float32 weights.
 
-    python benchmarks/synthetic.py FOLDER LAYERS
+python benchmarks/synthetic.py FOLDER LAYERS
 """
 
 import json

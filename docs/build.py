@@ -1,7 +1,7 @@
 """Write the generated pages of the docs, or check that they are current and that no link in them is dead.
 
-    python docs/build.py          # write
-    python docs/build.py --check  # exit 1 with what is wrong
+python docs/build.py          # write
+python docs/build.py --check  # exit 1 with what is wrong
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def undocumented() -> list[str]:
     for kind in (SafegraftError, UserError, ConfigError):
         if kind.__name__ not in architecture:
             wrong.append(f"docs/architecture.md does not name {kind.__name__}")
-    for folder in sorted(p for p in (ROOT / "src" / "safegraft").iterdir() if p.is_dir() and (p / "__init__.py").exists()):
+    for folder in sorted(
+        p for p in (ROOT / "src" / "safegraft").iterdir() if p.is_dir() and (p / "__init__.py").exists()
+    ):
         if f"{folder.name}/" not in architecture:
             wrong.append(f"docs/architecture.md does not name {folder.name}/")
     return wrong

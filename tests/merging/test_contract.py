@@ -49,7 +49,9 @@ def test_a_zero_vector_keeps_the_fine_tune(method, shape):
 
 
 def test_same_inputs_same_result_in_any_order(method):
-    tensors = {f"layers.{i}.weight": (normal((6, 4), i), normal((6, 4), 10 + i), normal((6, 4), 20 + i)) for i in range(4)}
+    tensors = {
+        f"layers.{i}.weight": (normal((6, 4), i), normal((6, 4), 10 + i), normal((6, 4), 20 + i)) for i in range(4)
+    }
 
     def every(names):
         out = {}

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from reference import published_merge
 
+from reference import published_merge
 from safegraft.merging.execute import merge_tensor
 from safegraft.merging.method import METHODS, GlobalStats
 from safegraft.tensors.lowrank import Delta

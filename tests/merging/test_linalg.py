@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from reference import published_score
 
+from reference import published_score
 from safegraft.merging.linalg import crosstalk, kept, overlap
 from safegraft.tensors import lowrank
 from safegraft.tensors.lowrank import Delta, LowRank, Svd, sum_of_squares, thin_svd

@@ -45,4 +45,6 @@ Whether this model refuses what it should, and still does its task, is for a mea
 
 def _plain(label: str) -> str:
     """A Hub id as it is; of a local folder only its last name, so that no path of this machine is published."""
-    return label if label.count("/") == 1 and not label.startswith((".", "/", "~")) else label.rstrip("/").split("/")[-1]
+    return (
+        label if label.count("/") == 1 and not label.startswith((".", "/", "~")) else label.rstrip("/").split("/")[-1]
+    )

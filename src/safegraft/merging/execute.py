@@ -35,15 +35,14 @@ class Run:
 
 
 def execute(plan: Plan, run: Run, workers: int, progress: Progress | None = None) -> dict[str, dict[str, float]]:
-    """Write every unit that is not yet written. Returns the method's figures by tensor (of this attempt).
+    """Write every unit that is not yet written. Returns the method's figures by tensor.
 
     Raises:
         NumericError: a result is NaN or Inf. OutputError: the disk refuses.
     """
     folder = run.folder
 
-    def one(unit: Unit, workspace: Workspace) -> tuple[str, dict[str, float]]:
-        figures: dict[str, float] = {}
+    def one(unit: Unit, workspace: Workspace) -> None:
         todo = [n for n in (unit.name, *unit.also) if n not in folder.finished]
         if todo and unit.action == "copy":
             for name in todo:
@@ -52,14 +51,14 @@ def execute(plan: Plan, run: Run, workers: int, progress: Progress | None = None
                 folder.done(name, run.survey.tensors[unit.name].model_sha256)
         elif todo and unit.action == "cast":
             _cast(unit, todo, run, workspace)
-        elif todo or unit.action == "merge":
-            figures = _compute(unit, todo, run, workspace)
+        elif todo:
+            _compute(unit, todo, run, workspace)
         if progress:
             progress(unit.name, unit.spec.nbytes)
-        return unit.name, figures
 
     order = sorted(plan.units, key=lambda u: -u.cost)
-    return {name: figures for name, figures in parallel(one, order, workers) if figures}
+    parallel(one, order, workers)
+    return {u.name: dict(folder.figures[u.name]) for u in plan.units if folder.figures[u.name]}
 
 
 def merge_tensor(
@@ -78,13 +77,19 @@ def merge_tensor(
     Figures of a stack are the mean over its slices. None where every slice keeps the fine-tune.
     """
     if base.dim() <= 2:
-        return method.function(TensorTriple(name, base, task, safety, generator(seed, name, base.device)), params, stats)
+        return method.function(
+            TensorTriple(name, base, task, safety, generator(seed, name, base.device)), params, stats
+        )
     shape = base.shape
     flat = [d if len(shape) == 3 else _stack(d) for d in (task, safety)]
     base = base.reshape(-1, *shape[-2:])
     if min(shape[-2:]) < 2:
-        flat = [Delta((d.full.numel(),), full=d.full.reshape(-1), scale=d.scale) if d.full is not None
-                else Delta((base.numel(),)) for d in flat]
+        flat = [
+            Delta((d.full.numel(),), full=d.full.reshape(-1), scale=d.scale)
+            if d.full is not None
+            else Delta((base.numel(),))
+            for d in flat
+        ]
         whole = method.function(
             TensorTriple(name, base.reshape(-1), flat[0], flat[1], generator(seed, name, base.device)), params, stats
         )
@@ -109,30 +114,33 @@ def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch
 
 def _stack(delta: Delta) -> Delta:
     shape = (-1, *delta.shape[-2:])
-    return delta if delta.full is None else Delta(delta.full.reshape(shape).shape, full=delta.full.reshape(shape),
-                                                  scale=delta.scale)
+    return (
+        delta
+        if delta.full is None
+        else Delta(delta.full.reshape(shape).shape, full=delta.full.reshape(shape), scale=delta.scale)
+    )
 
 
-def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> dict[str, float]:
+def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> None:
     fine, name = run.fine, unit.name
     base, task = fine.read(name, workspace)
     safety = Delta(task.shape)
     if unit.action == "merge" and run.vector is not None:
-        stored = name if name in run.vector else next(n for n in run.vector.names() if fine.layout.counterpart(n) == name)
+        stored = (
+            name if name in run.vector else next(n for n in run.vector.names() if fine.layout.counterpart(n) == name)
+        )
         safety = fine.safety(stored, run.vector, workspace).scaled(run.stats.alpha)
     if run.device != "cpu":
         base, task, safety = base.to(run.device), task.to(run.device), safety.to(run.device)
     merged = merge_tensor(
         run.method, run.params, run.stats, name=name, base=base, task=task, safety=safety, seed=run.seed
     )
-    if not todo:
-        return merged.figures if merged else {}
     if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
         for target in todo:
             shard, entry = fine.layout.entry(target)
             run.folder.copy(target, shard.fd, entry.offset)
             run.folder.done(target, run.survey.tensors[name].model_sha256)
-        return {}
+        return
     result = base + (merged.delta if merged else task.dense())
     out = workspace.take("out", unit.spec.shape, unit.spec.dtype)
     rows = result.shape[0] if result.dim() else None
@@ -149,8 +157,7 @@ def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> dic
     digest = sha256(data)
     for target in todo:
         run.folder.write(target, data)
-        run.folder.done(target, digest)
-    return merged.figures if merged else {}
+        run.folder.done(target, digest, merged.figures if merged else None)
 
 
 def _cast(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> None:

@@ -13,8 +13,8 @@ from ..tensors.source import Workspace
 from ..tensors.vector import SafetyVector
 from . import methods as _methods
 from .execute import merge_tensor
-from .lineage import cosine, doubts
 from .linalg import kept, overlap
+from .lineage import cosine, doubts
 from .method import METHODS, GlobalStats
 from .run import scale
 from .survey import Survey, inner, parallel, survey

@@ -119,9 +119,7 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
             "vector": vector.manifest.get("outputs", {}).get("tensors"),
         }
     )
-    folder = OutputFolder(
-        Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume
-    )
+    folder = OutputFolder(Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume)
     with folder:
         found = _surveyed(ready, folder, progress)
         warnings = doubts(found)
@@ -201,7 +199,9 @@ def _finish(
     sidecars = [(layout.path / p, str(p)) for p in layout.sidecars()]
     if fine.adapter:
         own = {p.name for p in fine.adapter.path.iterdir() if p.is_file()}
-        extra = sorted(n for n in own if n.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")))
+        extra = sorted(
+            n for n in own if n.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges"))
+        )
         sidecars = [(s, n) for s, n in sidecars if n not in extra] + [(fine.adapter.path / n, n) for n in extra]
     source = fine.adapter.path if fine.adapter else layout.path
     if (source / "README.md").exists():

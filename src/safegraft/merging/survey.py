@@ -85,7 +85,7 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
     names.sort(key=lambda n: -layout.spec(n).nbytes)
 
     def one(name: str, workspace: Workspace) -> tuple[str, TensorStats]:
-        whole = vector is not None and name in vector or fine.adapter is not None
+        whole = (vector is not None and name in vector) or fine.adapter is not None
         stats = _whole(fine, vector, name, workspace) if whole and layout.is_mergeable(name) else None
         stats = stats or _streamed(fine, name, workspace)
         if progress:
@@ -177,9 +177,7 @@ def inner(a: Delta, b: Delta) -> float:
         value = (b.low.left * (a.full @ b.low.right)).sum()  # type: ignore[operator]
     else:
         x, y = a.full.reshape(-1), b.full.reshape(-1)  # type: ignore[union-attr]
-        return a.scale * b.scale * sum(
-            float(p.dot(q)) for p, q in zip(x.split(1 << 16), y.split(1 << 16), strict=True)
-        )
+        return a.scale * b.scale * sum(float(p.dot(q)) for p, q in zip(x.split(1 << 16), y.split(1 << 16), strict=True))
     return a.scale * b.scale * float(value)
 
 

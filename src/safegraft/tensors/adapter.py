@@ -159,7 +159,9 @@ class Adapter:
         self, target: str, a: tuple[int, ...], b: tuple[int, ...], embedding: bool, problems: list[str]
     ) -> None:
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            problems.append(f"{target}: factors {list(a)} and {list(b)} do not multiply (only linear layers are handled)")
+            problems.append(
+                f"{target}: factors {list(a)} and {list(b)} do not multiply (only linear layers are handled)"
+            )
             return
         flipped = embedding or self.config.get("fan_in_fan_out")
         shape = (a[1], b[0]) if flipped else (b[0], a[1])

@@ -196,7 +196,8 @@ class Checkpoint:
             missing = [n for n in names if not (self.path / n).exists()]
             if missing:
                 raise CheckpointError(
-                    f"{self.label}: the index names {len(missing)} file(s) that are not there: {', '.join(missing[:5])}",
+                    f"{self.label}: the index names {len(missing)} file(s) that are not there: "
+                    f"{', '.join(missing[:5])}",
                     "The download or copy is not complete; fetch the missing files.",
                 )
             if not names:
@@ -241,7 +242,7 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Size and modification time of every weight file: enough to notice that an input changed between two runs."""
     out = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        stat = os.stat(file)
+        stat = file.stat()
         out[file.name] = [stat.st_size, stat.st_mtime_ns]
     return out
 
@@ -282,7 +283,7 @@ def _no_weights(path: Path, label: str) -> CheckpointError:
     if has("*.bin") or has("*.pt") or has("*.pth"):
         return CheckpointError(
             f"{label} is a pickle checkpoint; loading one runs whatever code it carries",
-            "Convert it once, on a machine where that does not matter: python -c \"from transformers import "
+            'Convert it once, on a machine where that does not matter: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\"",
         )
     if has("*.gguf"):

@@ -83,9 +83,7 @@ class ShardFile:
             done += got
 
 
-def build_layout(
-    filename: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
-) -> ShardLayout:
+def build_layout(filename: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> ShardLayout:
     """Lay tensors out one after the other in the order given, behind a header padded to 8 bytes."""
     table: dict[str, Any] = {}
     if metadata:
@@ -102,9 +100,7 @@ def build_layout(
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    entries = {
-        spec.name: Entry(spec, len(header) + table[spec.name]["data_offsets"][0]) for spec in specs
-    }
+    entries = {spec.name: Entry(spec, len(header) + table[spec.name]["data_offsets"][0]) for spec in specs}
     return ShardLayout(filename, header, entries)
 
 

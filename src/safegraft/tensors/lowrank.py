@@ -6,6 +6,7 @@ form the full matrix.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,8 @@ GRAM_FLOOR = 3e-2
 """Smallest σ_k/σ_1 for which singular vectors are taken from a float32 Gram matrix; below it, float64.
 
 Forming A·Aᵀ squares the condition number, so float32 gives the directions of σ_k with an error of about
-1.2e-7·(σ_1/σ_k)². Against the float64 reference of tests/merging/test_linalg.py the interference score is off by at most
-3e-6 with this floor; without one, by 1e-3 for spectra falling like 1/i, and it means nothing below full rank.
+1.2e-7·(σ_1/σ_k)². Against the float64 reference of tests/merging/test_linalg.py the interference score is off by at
+most 3e-6 with this floor; without one, by 1e-3 for spectra falling like 1/i, and it means nothing below full rank.
 """
 
 
@@ -66,9 +67,7 @@ class LowRank:
         q_right, r_right = torch.linalg.qr(self.right.double())
         u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         keep = numerical_rank(s, self.shape)
-        return Svd(
-            (q_left @ u[:, :keep]).float(), s[:keep].float(), (q_right @ vh[:keep].T).float(), complete=True
-        )
+        return Svd((q_left @ u[:, :keep]).float(), s[:keep].float(), (q_right @ vh[:keep].T).float(), complete=True)
 
 
 def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
@@ -145,7 +144,7 @@ class Delta:
         if self.full is None:
             assert self.low is not None
             return abs(self.scale) * self.low.norm()
-        return abs(self.scale) * sum_of_squares(self.full) ** 0.5
+        return abs(self.scale) * math.sqrt(sum_of_squares(self.full))
 
     def scaled(self, factor: float) -> Delta:
         return replace(self, scale=self.scale * factor)

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError, MismatchError
 from ..manifest import digest_of, new_manifest
 from .checkpoint import Checkpoint
 from .compat import check_vector_pair
-from .files import ShardFile, build_layout
+from .files import Entry, ShardFile, build_layout
 from .lowrank import Delta, LowRank, Svd, sum_of_squares, thin_svd
 from .scopes import SCOPES, Scope, in_scope
 from .source import TensorSpec, Workspace, as_bytes
@@ -52,8 +52,12 @@ class SafetyVector:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{self.path / 'manifest.json'} is not readable JSON: {error}") from error
-        if self.manifest.get("kind") != KIND:
-            raise CheckpointError(f"{path} is not a safety vector but a {self.manifest.get('kind')!r}")
+        kind = self.manifest.get("kind") if isinstance(self.manifest, dict) else None
+        if kind != KIND:
+            raise CheckpointError(f"{path} is not a safety vector but a {kind!r}")
+        lost = [key for key in ("tensors", "rank", "norm", "inputs", "config", "outputs") if key not in self.manifest]
+        if lost:
+            raise CheckpointError(f"{path} is damaged: its manifest.json lacks {', '.join(lost)}")
         self.file = ShardFile(self.path / VECTOR)
         stored = self.file.layout.entries
         self._shapes = {name: tuple(item["shape"]) for name, item in self.manifest["tensors"].items()}
@@ -62,6 +66,10 @@ class SafetyVector:
         missing = [key for key in needed if key not in stored]
         if missing:
             raise CheckpointError(f"{path} is damaged: {VECTOR} lacks {missing[0]} and {len(missing) - 1} more")
+        for name, shape in self._shapes.items():
+            found = stored[name].spec.shape if name in stored else _outer(stored[f"{name}#u"], stored[f"{name}#v"])
+            if found != shape:
+                raise CheckpointError(f"{path} is damaged: {name} is {list(found)}, its manifest says {list(shape)}")
         self.norm = float(self.manifest["norm"])
 
     def names(self) -> Sequence[str]:
@@ -82,12 +90,14 @@ class SafetyVector:
     def delta(self, name: str, workspace: Workspace, *, with_svd: bool = True) -> Delta:
         """Δ of one tensor, in ``workspace``'s memory, with its stored singular triplets."""
         shape = self._shapes[name]
-        full = None if self.rank is not None and len(shape) == 2 else self._get(name, workspace, "vector.full")
+        full = self._get(name, workspace, "vector.full") if name in self.file.layout.entries else None
         known = None
         if f"{name}#s" in self.file.layout.entries and (with_svd or full is None):
             s = self._get(f"{name}#s", workspace, "vector.s")
             known = Svd(
-                self._get(f"{name}#u", workspace, "vector.u"), s, self._get(f"{name}#v", workspace, "vector.v"),
+                self._get(f"{name}#u", workspace, "vector.u"),
+                s,
+                self._get(f"{name}#v", workspace, "vector.v"),
                 complete=full is None or bool((s[..., -1:] == 0).all()),
             )
         if full is not None:
@@ -165,9 +175,10 @@ def subtract(
     kept: dict[str, dict[str, Any]] = {}
     with folder:
         for name in changed:
+            counted = f"{name}#s" if len(_keys(name, first.spec(name).shape, rank)) > 1 else name
             norm = 0.0
             for key, tensor in _pieces(name, _difference(first, second, name, workspace, None), rank, keep):
-                if rank is None and key == name or rank is not None and key.endswith("#s"):
+                if key == counted:
                     norm = sum_of_squares(tensor) ** 0.5
                 data = as_bytes(tensor.contiguous())
                 folder.write(key, data)
@@ -253,6 +264,10 @@ def _specs(name: str, shape: tuple[int, ...], rank: int | None, keep: float) -> 
     if k == 0:
         return whole
     return factors if rank is not None and len(shape) == 2 else whole + factors
+
+
+def _outer(u: Entry, v: Entry) -> tuple[int, ...]:
+    return u.spec.shape[0], v.spec.shape[0]
 
 
 def _keys(name: str, shape: tuple[int, ...], rank: int | None) -> list[str]:

@@ -26,9 +26,7 @@ class Check:
     detail: str
 
 
-def verify(
-    path: str | Path, *, load: bool = True, progress: Callable[[int, int], None] | None = None
-) -> list[Check]:
+def verify(path: str | Path, *, load: bool = True, progress: Callable[[int, int], None] | None = None) -> list[Check]:
     """Check a model folder, whether Safegraft wrote it or not.
 
     Args:
@@ -84,9 +82,7 @@ def _index(checkpoint: Checkpoint) -> Check:
     return Check("index", True, "names every tensor where it is")
 
 
-def _read_all(
-    checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, str], list[str]]:
+def _read_all(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> tuple[dict[str, str], list[str]]:
     workspace = Workspace()
     digests, broken = {}, []
     total, done = sum(checkpoint.spec(n).nbytes for n in checkpoint.names()), 0

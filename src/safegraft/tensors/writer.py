@@ -51,13 +51,14 @@ class OutputFolder:
         force: bool = False,
         resume: bool = False,
     ) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = Path(out).absolute()
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.layouts = layouts
         self.identity = identity
         self.force = force
         self.resume = resume
         self.finished: dict[str, str] = {}
+        self.figures: dict[str, dict[str, float]] = {}
         self._where = {name: (lay.filename, e) for lay in layouts for name, e in lay.entries.items()}
         self._files: dict[str, int] = {}
         self._journal: int = -1
@@ -96,6 +97,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if error is not None and not self.finished:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
         for fd in [*self._files.values(), self._journal]:
@@ -136,11 +139,12 @@ class OutputFolder:
                 raise OutputError(f"{name}: its source ended while being copied", "Fetch the input again.")
             left, here, source_offset = left - put, here + put, source_offset + put
 
-    def done(self, name: str, digest: str) -> None:
-        """Record that ``name`` is complete, with the SHA-256 of its bytes."""
-        line = json.dumps({"tensor": name, "sha256": digest}) + "\n"
+    def done(self, name: str, digest: str, figures: dict[str, float] | None = None) -> None:
+        """Record that ``name`` is complete, with the SHA-256 of its bytes and figures worth keeping for a resumed run."""
+        line = json.dumps({"tensor": name, "sha256": digest, "figures": figures}) + "\n"
         with self._lock:
             self.finished[name] = digest
+            self.figures[name] = figures or {}
             os.write(self._journal, line.encode())
 
     def note(self, key: str, value: Any) -> None:
@@ -234,7 +238,7 @@ class OutputFolder:
                 continue
             name, digest = item["tensor"], item["sha256"]
             if name in self._where and self._digest_on_disk(name) == digest:
-                self.finished[name] = digest
+                self.finished[name], self.figures[name] = digest, item.get("figures") or {}
 
     def _digest_on_disk(self, name: str) -> str:
         filename, entry = self._where[name]
