@@ -8,9 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 from types import SimpleNamespace
 
-import models
 import pytest
 import torch
+
+import models
 
 torch.set_num_threads(1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,7 +165,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def leftovers(folder: Path) -> list[str]:
     """What lies in ``folder``, hidden files too."""
-    return sorted(os.listdir(folder))
+    return sorted(p.name for p in folder.iterdir())
 
 
 def generates(folder: Path, tokens: int = 5) -> list[int]:

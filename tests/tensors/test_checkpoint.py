@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, weights
 from safetensors.torch import load_file, save_file
 
+from models import build, weights
 from safegraft.errors import CheckpointError
 from safegraft.tensors.checkpoint import INDEX, Checkpoint, fingerprint, resolve
 from safegraft.tensors.source import TensorSource, Workspace
@@ -130,7 +130,9 @@ def test_index_naming_a_tensor_that_is_nowhere(sharded):
     refused(sharded, "ghost.weight")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_damaged_index(sharded, text):
     (sharded / INDEX).write_text(text)
     refused(sharded, INDEX)
@@ -260,7 +262,7 @@ def test_sidecars_are_everything_but_weights_and_our_own(model):
         (model / name).write_text("x")
     (model / ".cache").mkdir()
     (model / ".cache" / "lock").write_text("x")
-    (model / INDEX).write_text(json.dumps({"weight_map": {n: "model.safetensors" for n in weights(model)}}))
+    (model / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights(model), "model.safetensors")}))
     listed = [str(p) for p in Checkpoint.open(model).sidecars()]
     assert listed == sorted(listed)
     assert set(listed) == {

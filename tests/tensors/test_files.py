@@ -15,7 +15,16 @@ from safegraft.errors import CheckpointError
 from safegraft.tensors.files import ShardFile, build_layout
 from safegraft.tensors.source import TensorSpec, as_bytes
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 names = text.filter(lambda n: n != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -161,13 +170,14 @@ def test_any_flipped_bytes_are_refused_or_harmless(tmp_path, flips):
         data[at] = value
     path = tmp_path / "m.safetensors"
     path.write_bytes(data)
+    told = "opened"
     try:
         shard = ShardFile(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
-    else:
         assert shard.layout.nbytes == len(data)
         assert sum(e.spec.nbytes for e in shard.layout.entries.values()) == len(data) - len(shard.layout.header)
+    except CheckpointError as error:
+        told = str(error)
+    assert told == "opened" or str(path) in told
 
 
 def test_a_file_cut_after_opening_is_noticed(tmp_path):

@@ -24,8 +24,7 @@ def command(
 ) -> None:
     """Show how a fine-tune and a safety vector meet, tensor by tensor; merges nothing."""
     from ..merging.inspect import inspect
-    from ..report.inspection import write_inspection
-    from ..tensors.writer import check_free
+    from ..tensors.writer import check_free, write_whole
 
     if html is not None:
         check_free(html, force=force)
@@ -35,8 +34,28 @@ def command(
     note(found.notes)
     _print(found, strength)
     if html is not None:
-        write_inspection(found, html, model=model, vector=vector, strength=strength)
+        write_whole(html, _page(found, model, strength).encode())
         stdout.print(f"Wrote {html}.", highlight=False)
+
+
+def _page(found: Inspection, model: str, strength: float) -> str:
+    from ..report.inspection import MAPS, inspection_page
+    from ..tensors.scopes import layer_grid
+
+    facts = [
+        ("‖τ‖, what fine-tuning changed", f"{found.task_norm:.4g}"),
+        ("‖Δ‖, the safety vector", f"{found.safety_norm:.4g}"),
+        ("cos(τ, Δ)", "" if found.cosine is None else f"{found.cosine:+.3f}"),
+        ("strength β", f"{strength:g}"),
+        ("scale α", f"{found.alpha:.4g}"),
+        *(("note", text) for text in found.notes),
+    ]
+    grids = {}
+    for figure, _, _ in MAPS:
+        values = {row.name: getattr(row, figure) for row in found.tensors}
+        grids[figure] = layer_grid({name: value for name, value in values.items() if value is not None})
+    title = f"How {Path(model).name} and the safety vector meet"
+    return inspection_page(title, facts, found.warnings, grids)
 
 
 def _print(found: Inspection, strength: float) -> None:

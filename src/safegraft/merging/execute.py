@@ -126,10 +126,7 @@ def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> Non
     base, task = fine.read(name, workspace)
     safety = Delta(task.shape)
     if unit.action == "merge" and run.vector is not None:
-        stored = (
-            name if name in run.vector else next(n for n in run.vector.names() if fine.layout.counterpart(n) == name)
-        )
-        safety = fine.safety(stored, run.vector, workspace).scaled(run.stats.alpha)
+        safety = fine.safety(name, run.vector, workspace).scaled(run.stats.alpha)
     if run.device != "cpu":
         base, task, safety = base.to(run.device), task.to(run.device), safety.to(run.device)
     merged = merge_tensor(

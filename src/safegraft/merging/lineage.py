@@ -9,10 +9,12 @@ from collections import defaultdict
 from ..tensors.scopes import layer_and_module
 from .survey import Survey
 
-FAR = 0.25
-"""‖τ‖/‖W‖ of the median layer above which this is not fine-tuning (which moves weights by 0.1 % to 5 %)."""
-OPPOSED = -0.3
-"""cos(τ, Δ) below which the task delta looks like the vector taken away."""
+FAR = 0.1
+"""‖τ‖/‖W‖ of the median layer above which this is hardly fine-tuning. The demo's, at a high learning rate, is 0.005;
+unrelated models are above 1."""
+OPPOSED = -0.2
+"""cos(τ, Δ) below which the task delta looks like the vector taken away. The demo's fine-tune, which lost its refusals,
+has −0.02; a base taken for its aligned child, with a vector aligned − base, has nearly −1."""
 
 
 def layer_ratios(survey: Survey) -> dict[int, float]:

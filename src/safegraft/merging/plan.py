@@ -92,7 +92,7 @@ def make_plan(fine: FineTune, vector: SafetyVector | None, dtype: torch.dtype | 
     With the fine-tune's own dtype each shard's header is the fine-tune's, byte for byte.
     """
     layout = fine.layout
-    changed = {layout.counterpart(n) for n in vector.names()} if vector is not None else set()
+    changed = fine.pairing.deltas if vector is not None else {}
     layouts, specs = [], {}
     for filename, shard in layout.shards.items():
         old = [entry.spec for entry in sorted(shard.layout.entries.values(), key=lambda e: e.offset)]

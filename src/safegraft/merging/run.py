@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -195,7 +196,7 @@ def _finish(
     layout = fine.layout
     index = None
     if layout.index is not None or len(ready.plan.layouts) > 1:
-        index = index_of(ready.plan.layouts, dict((layout.index or {}).get("metadata", {})))
+        index = index_of(ready.plan.layouts, dict((layout.index or {}).get("metadata") or {}))
     sidecars = [(layout.path / p, str(p)) for p in layout.sidecars()]
     if fine.adapter:
         own = {p.name for p in fine.adapter.path.iterdir() if p.is_file()}
@@ -206,9 +207,16 @@ def _finish(
     source = fine.adapter.path if fine.adapter else layout.path
     if (source / "README.md").exists():
         sidecars.append((source / "README.md", "README.finetune.md"))
-    folder.finish(
-        manifest, index=index, sidecars=sidecars, texts={"README.md": model_card(fine, ready.method, summary)}
-    )
+    texts = {"README.md": model_card(fine, ready.method, summary)}
+    if config.dtype is not None and _renamed_dtype(layout.config, config.dtype) != layout.config:
+        texts["config.json"] = json.dumps(_renamed_dtype(layout.config, config.dtype), indent=2) + "\n"
+    folder.finish(manifest, index=index, sidecars=sidecars, texts=texts)
+
+
+def _renamed_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with every dtype it names set to ``dtype``: transformers loads in that one, whatever is stored."""
+    out = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in values.items()}
+    return {k: _renamed_dtype(v, dtype) if k == "text_config" and isinstance(v, dict) else v for k, v in out.items()}
 
 
 def _counter(progress: Report | None, stage: str, total: int) -> Callable[[str, int], None] | None:

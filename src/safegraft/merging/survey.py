@@ -85,7 +85,7 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
     names.sort(key=lambda n: -layout.spec(n).nbytes)
 
     def one(name: str, workspace: Workspace) -> tuple[str, TensorStats]:
-        whole = (vector is not None and name in vector) or fine.adapter is not None
+        whole = name in fine.pairing.deltas or fine.adapter is not None
         stats = _whole(fine, vector, name, workspace) if whole and layout.is_mergeable(name) else None
         stats = stats or _streamed(fine, name, workspace)
         if progress:
@@ -127,8 +127,8 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
             if not same:
                 sums[1] += sum_of_squares(a[:common].sub_(b[:common]))
         if common < longest or not math.isfinite(sums[0] + sums[1]):
+            _require_finite(name, b, fine.base.label)  # first, for a may hold the difference by now
             _require_finite(name, a, fine.layout.label)
-            _require_finite(name, b, fine.base.label)
         seen += longest
     digest = hashes[0].hexdigest()
     return TensorStats(sums[0], sums[1], 0.0, 0.0, digest, digest if same else hashes[1].hexdigest())
@@ -136,7 +136,7 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
 
 def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Workspace) -> TensorStats | None:
     """A tensor in the vector, or any of an adapter's base."""
-    in_vector = vector is not None and name in vector
+    in_vector = vector is not None and name in fine.pairing.deltas
     if not in_vector and not fine.changes(name):
         return None
     base, task = fine.read(name, workspace)
@@ -159,7 +159,7 @@ def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Wo
         assert vector is not None
         delta = fine.safety(name, vector, workspace)
         safety_sq = delta.norm() ** 2
-        if not math.isfinite(safety_sq):
+        if not math.isfinite(safety_sq) or (delta.known is not None and not torch.isfinite(delta.known.s).all()):
             raise _not_finite(name, vector.label)
         dot = inner(task, delta)
     return TensorStats(base_sq, task_sq, safety_sq, dot, model_digest, base_digest)

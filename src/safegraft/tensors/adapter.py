@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError
-from .checkpoint import Checkpoint, near_misses, resolve
+from .checkpoint import HEAD_SUFFIXES, Checkpoint, near_misses, resolve
 from .files import ShardFile
 from .lowrank import Delta, LowRank
 from .source import TensorSpec, as_bytes
@@ -26,6 +26,19 @@ from .source import TensorSpec, as_bytes
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_UNLIKE_LORA = {
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "LoRA with replicated layers",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+    "trainable_token_indices": "LoRA with trainable tokens",
+}
+_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MERGE_FIRST = "Merge it into its base with peft's merge_and_unload(), save, and give that folder as --model."
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     def names(self) -> Sequence[str]:
-        return [*self.lora, *self.replaced]
+        return list(self.lora | self.replaced)
 
     def __contains__(self, name: object) -> bool:
         return name in self.lora or name in self.replaced
@@ -88,7 +101,15 @@ class Adapter:
         if name in self.replaced:
             if base is None:
                 base = self.base.read(name).float()
-            return Delta(shape, full=self._get(self.replaced[name]).float() - base)
+            change = self._get(self.replaced[name]).float() - base
+            if name not in self.lora:
+                return Delta(shape, full=change)
+            if change.any():  # peft stores the layer below a LoRA of embeddings too, which is mostly the base's
+                return Delta(shape, full=change + self._product(name).dense())
+        return self._product(name)
+
+    def _product(self, name: str) -> Delta:
+        shape = self.base.spec(name).shape
         module = self.lora[name]
         a, b = self._get(module.a).float(), self._get(module.b).float()
         if module.embedding:
@@ -115,17 +136,20 @@ class Adapter:
         unknown, problems = [], []
         for key in stored:
             name = key.removeprefix(_PREFIX)
-            if name.endswith(".lora_A.weight") or name.endswith(".lora_embedding_A"):
+            if name.endswith((".lora_A.weight", ".lora_embedding_A")):
+                b = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+                if b not in stored:
+                    problems.append(f"{key} has no B factor beside it")
                 continue
             if name.endswith((".lora_B.weight", ".lora_embedding_B")):
-                module, embedding = re.sub(r"\.lora_(B\.weight|embedding_B)$", "", name), "embedding" in name
+                module, embedding = re.sub(r"\.lora_(B\.weight|embedding_B)$", "", name), name.endswith("_B")
                 a = key.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")
                 target = self._target(f"{module}.weight")
                 if a not in stored:
-                    problems.append(f"{key} has no {a.rsplit('.', 2)[-2]} beside it")
+                    problems.append(f"{key} has no A factor beside it")
                 elif target is None:
                     unknown.append(f"{module}.weight")
-                else:
+                elif not self._left_to_the_embedding(f"{module}.weight", target):
                     rank = stored[a].spec.shape[0]
                     self.lora[target] = _Module(a, key, self._scaling(module, rank), embedding)
                     self._check_shape(target, stored[a].spec.shape, stored[key].spec.shape, embedding, problems)
@@ -135,12 +159,18 @@ class Adapter:
                 target = self._target(name)
                 if target is None:
                     unknown.append(name)
+                elif self._left_to_the_embedding(name, target):
+                    continue
                 elif self.base.spec(target).shape != stored[key].spec.shape:
                     problems.append(
                         f"{name} is {list(stored[key].spec.shape)}, the base's is {list(self.base.spec(target).shape)}"
                     )
                 else:
                     self.replaced[target] = key
+        if self.config.get("ensure_weight_tying") and self.base.ties_head and self.base.embedding() not in self:
+            problems += [
+                f"{key} has no embedding beside it" for key in stored if any(h[:-6] in key for h in HEAD_SUFFIXES)
+            ]
         problems += near_misses(unknown, self.base.names(), f"the adapter changes {{}}, which {self.base.label} lacks")
         if problems:
             raise MismatchError(
@@ -148,11 +178,27 @@ class Adapter:
                 f"Give the base it was trained on: {self.base_reference or 'its config names none'}.",
             )
 
+    def _left_to_the_embedding(self, name: str, target: str) -> bool:
+        """Whether ``name`` is a tied head whose change the embedding's entry holds already (ensure_weight_tying).
+
+        Raises:
+            CheckpointError: only one end of a tied weight was trained, or each apart; no tied model can hold that.
+        """
+        if target != self.base.embedding() or not self.base.ties_head:
+            return False
+        if self.config.get("ensure_weight_tying"):
+            return name.replace(".base_layer.", ".").endswith(HEAD_SUFFIXES)
+        raise CheckpointError(
+            f"{self.label} changes {name}, but {self.base.label} ties its embedding to its head and the adapter was "
+            "not trained with ensure_weight_tying: the two ends would no longer be equal",
+            "Merge it with peft into a copy of the base with tie_word_embeddings=False, and give that as --model.",
+        )
+
     def _target(self, name: str) -> str | None:
         for candidate in (name, name.replace(".base_layer.", "."), name.removeprefix("model.")):
             found = self.base.counterpart(candidate)
             if found is not None:
-                return found
+                return self.base.tied.get(found, found)
         return None
 
     def _check_shape(
@@ -189,14 +235,21 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
     if kind != "LORA":
         raise CheckpointError(f"{label} is a {kind} adapter; only LoRA can be merged", "Merge it with peft first.")
     if config.get("use_dora"):
+        raise CheckpointError(f"{label} is a DoRA adapter: its change is not the product of two factors", _MERGE_FIRST)
+    for key, name in _UNLIKE_LORA.items():
+        if config.get(key):
+            raise CheckpointError(f"{label} is {name}, which is not plain LoRA on linear layers", _MERGE_FIRST)
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_MOVE_THE_BASE):
         raise CheckpointError(
-            f"{label} is a DoRA adapter: its change is not the product of two factors",
-            "Merge it into its base with peft's merge_and_unload(), save, and give that folder as --model.",
+            f"{label} was started with init_lora_weights={start!r}, which moves the base's weights as well: "
+            "its factors alone are not its change",
+            "Save it again with peft's path_initial_model_for_weight_conversion, or merge it with merge_and_unload().",
         )
     if config.get("lora_bias") or config.get("bias", "none") != "none":
         raise CheckpointError(
             f"{label} was trained with bias={config.get('bias')!r}, lora_bias={bool(config.get('lora_bias'))}",
-            "Merge it into its base with peft's merge_and_unload(), save, and give that folder as --model.",
+            _MERGE_FIRST,
         )
     return config
 
@@ -205,10 +258,11 @@ def open_base_of(adapter: Path, given: str | Path | None) -> Checkpoint:
     """The adapter's base: the one given, else the one its config names."""
     if given is not None:
         return Checkpoint.open(given)
-    named = read_config(adapter, str(adapter)).get("base_model_name_or_path")
+    config = read_config(adapter, str(adapter))
+    named = config.get("base_model_name_or_path")
     if not named:
         raise CheckpointError(f"{adapter} does not say what it was trained on", "Give it with --base.")
-    return Checkpoint(resolve(named), label=str(named))
+    return Checkpoint(resolve(named, revision=config.get("revision")), label=str(named))
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +160,15 @@ class Checkpoint:
         if name.endswith(HEAD_SUFFIXES) and self.config_value("tie_word_embeddings", True):
             return self.embedding()
         return None
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether head and embedding are one weight, stored once or twice."""
+        return bool(self.tied) or (
+            self.embedding() is not None
+            and not any(n.endswith(HEAD_SUFFIXES) for n in self._where)
+            and bool(self.config_value("tie_word_embeddings", True))
+        )
 
     def embedding(self) -> str | None:
         return next((n for n in self._where if n.endswith(EMBEDDING_SUFFIXES)), None)

@@ -26,11 +26,13 @@ class Pairing:
         counterparts: the fine-tune's tensor name -> the base's (they differ only where a head is tied).
         common_rows: embedding or head -> rows both have, where the vocabularies differ in length.
         notes: sentences for the user.
+        deltas: the fine-tune's tensor name -> the vector's (they differ only where a head is tied).
     """
 
     counterparts: dict[str, str]
     common_rows: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    deltas: dict[str, str] = field(default_factory=dict)
 
 
 def pair(task: Checkpoint, base: Checkpoint, vector: SafetyVector | None = None) -> Pairing:
@@ -43,6 +45,7 @@ def pair(task: Checkpoint, base: Checkpoint, vector: SafetyVector | None = None)
     counterparts: dict[str, str] = {}
     common_rows: dict[str, int] = {}
     notes: list[str] = []
+    deltas: dict[str, str] = {}
     alone: list[str] = []
     for name in task.names():
         other = base.counterpart(name)
@@ -67,14 +70,14 @@ def pair(task: Checkpoint, base: Checkpoint, vector: SafetyVector | None = None)
     lost = [n for n in base.names() if n not in reached and n not in base.tied and task.counterpart(n) is None]
     problems += near_misses(lost, task.names(), f"{{}} is in {base.label} but not in {task.label}")
     if vector is not None:
-        problems += _vector_problems(task, vector, common_rows, notes)
+        problems += _vector_problems(task, vector, common_rows, notes, deltas)
     problems += _tokenizer_problems(task, base)
     if problems:
         raise MismatchError(
             f"{task.label} and {base.label} do not fit together:\n" + "\n".join(f"- {p}" for p in problems),
             "Give the base that the fine-tune was made from, and a vector of the same family and size.",
         )
-    return Pairing(counterparts, common_rows, notes)
+    return Pairing(counterparts, common_rows, notes, deltas)
 
 
 def check_vector_pair(aligned: Checkpoint, unaligned: Checkpoint, names: Sequence[str], scope: str) -> None:
@@ -109,7 +112,7 @@ def _config_problems(a: Checkpoint, b: Checkpoint) -> list[str]:
 
 
 def _vector_problems(
-    task: Checkpoint, vector: SafetyVector, common_rows: dict[str, int], notes: list[str]
+    task: Checkpoint, vector: SafetyVector, common_rows: dict[str, int], notes: list[str], deltas: dict[str, str]
 ) -> list[str]:
     missing = [n for n in vector.names() if task.counterpart(n) is None]
     problems = near_misses(missing, task.names(), f"the vector changes {{}}, which {task.label} lacks")
@@ -117,6 +120,12 @@ def _vector_problems(
         target = task.counterpart(name)
         if target is None:
             continue
+        target = task.tied.get(target, target)
+        if target in deltas:
+            problems.append(f"{deltas[target]} and {name} of the vector are one tied weight in {task.label}")
+        if not task.is_mergeable(target):
+            problems.append(f"the vector changes {name}, which is {task.spec(target).dtype} in {task.label}")
+        deltas[target] = name
         here, there = task.spec(target).shape, vector.spec(name).shape
         if here == there:
             continue

@@ -64,7 +64,7 @@ class FineTune:
 
     def safety(self, name: str, vector: SafetyVector, workspace: Workspace, *, with_svd: bool = True) -> Delta:
         """Δ of one tensor over its common rows."""
-        delta = vector.delta(name, workspace, with_svd=with_svd)
+        delta = vector.delta(self.pairing.deltas[name], workspace, with_svd=with_svd)
         rows = self.rows(name)
         if rows is None or rows == delta.shape[0]:
             return delta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 Scope = Literal["attention", "ffn", "hybrid", "all"]
@@ -45,3 +45,18 @@ def layer_and_module(name: str) -> tuple[int | None, str]:
 def modules(names: Iterable[str]) -> list[str]:
     """The distinct module kinds among ``names``, in the order met."""
     return list(dict.fromkeys(layer_and_module(name)[1] for name in names))
+
+
+def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """``values`` by tensor name as a table, decoder layers down and module kinds across; names outside the layers go to
+    the row "other". Tensors that share a cell (experts) are averaged; a cell without a tensor is None."""
+    cells: dict[tuple[int | None, str], list[float]] = {}
+    for name, value in values.items():
+        cells.setdefault(layer_and_module(name), []).append(value)
+    layers = sorted({layer for layer, _ in cells}, key=lambda n: (n is None, n or 0))
+    columns = list(dict.fromkeys(module for _, module in cells))
+    table = [
+        [sum(found) / len(found) if (found := cells.get((layer, module))) else None for module in columns]
+        for layer in layers
+    ]
+    return ["other" if layer is None else str(layer) for layer in layers], columns, table

@@ -67,12 +67,12 @@ class OutputFolder:
     def check(self) -> None:
         """Refuse, before any work, what could not be finished. Writes nothing."""
         check_free(self.out, force=self.force)
-        if self.partial.exists() and not self.resume and not self.force:
+        if os.path.lexists(self.partial) and not self.resume and not self.force:
             raise OutputError(
                 f"{self.partial} is there from a run that did not finish",
                 "Go on with --resume, or start again with --force.",
             )
-        parent = next(p for p in self.out.parents if p.exists())
+        parent = next(p for p in self.out.parents if os.path.lexists(p))
         if not os.access(parent, os.W_OK):
             raise OutputError(f"{parent} is not writable", "Choose another --out.")
         needed = sum(layout.nbytes for layout in self.layouts) + (64 << 10)
@@ -85,8 +85,8 @@ class OutputFolder:
             )
 
     def __enter__(self) -> OutputFolder:
-        self.check()
         try:
+            self.check()
             self._begin()
         except OSError as error:
             self.close()
@@ -143,13 +143,20 @@ class OutputFolder:
         """Record that ``name`` is complete, with the SHA-256 of its bytes and figures worth keeping for a resumed run."""
         line = json.dumps({"tensor": name, "sha256": digest, "figures": figures}) + "\n"
         with self._lock:
+            try:
+                if os.write(self._journal, line.encode()) < len(line.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise _write_failed(self.out, error) from error
             self.finished[name] = digest
             self.figures[name] = figures or {}
-            os.write(self._journal, line.encode())
 
     def note(self, key: str, value: Any) -> None:
         """Keep something for a resumed run beside the shards; see ``noted``."""
-        write_whole(self.partial / f"{key}.state.json", json.dumps(value).encode())
+        try:
+            write_whole(self.partial / f"{key}.state.json", json.dumps(value).encode())
+        except OSError as error:
+            raise _write_failed(self.out, error) from error
 
     def noted(self, key: str) -> Any:
         """What ``note`` kept in an earlier attempt at the same run, or None."""
@@ -211,14 +218,18 @@ class OutputFolder:
             os.pwrite(fd, layout.header, 0)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._journal = os.open(self.partial / JOURNAL, flags, 0o644)
+        os.write(self._journal, b"\n")  # the last line of a killed run may be torn
         self._recall()
         if not self._noted:
             self.note("identity", self.identity)
             self._noted["identity"] = self.identity
 
     def _same_run(self) -> bool:
-        for state in self.partial.glob("*.state.json"):
-            self._noted[state.name.removesuffix(".state.json")] = json.loads(state.read_text())
+        try:
+            for state in self.partial.glob("*.state.json"):
+                self._noted[state.name.removesuffix(".state.json")] = json.loads(state.read_text())
+        except ValueError:
+            self._noted = {}
         if "identity" not in self._noted:
             self._noted = {}
             return False
@@ -234,9 +245,9 @@ class OutputFolder:
         for line in (self.partial / JOURNAL).read_text().splitlines():
             try:
                 item = json.loads(line)
-            except ValueError:
+                name, digest = str(item["tensor"]), item["sha256"]
+            except (ValueError, KeyError, TypeError):
                 continue
-            name, digest = item["tensor"], item["sha256"]
             if name in self._where and self._digest_on_disk(name) == digest:
                 self.finished[name], self.figures[name] = digest, item.get("figures") or {}
 
@@ -251,7 +262,7 @@ class OutputFolder:
 
 def check_free(out: Path, *, force: bool) -> None:
     """Raise OutputError when ``out`` exists and may not be replaced."""
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists already", "Choose another --out, or replace it with --force.")
 
 
@@ -267,20 +278,23 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def replace_folder(new: Path, out: Path) -> None:
     """Rename ``new`` to ``out``; an old ``out`` steps aside first and goes only once the new one is in place."""
-    aside = out.with_name(out.name + ".replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
-    if out.exists():
+    aside = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+    if os.path.lexists(out):
         out.rename(aside)
-    new.rename(out)
+    try:
+        new.rename(out)
+    except OSError:
+        if os.path.lexists(aside):
+            aside.rename(out)
+        raise
     parent = os.open(out.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
     finally:
         os.close(parent)
-    if aside.is_dir():
+    if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)
-    elif aside.exists():
+    elif os.path.lexists(aside):
         aside.unlink()
 
 

@@ -1,0 +1,112 @@
+"""From prompt and answer to token ids and labels, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ConfigError
+
+IGNORED = -100
+"""Label of a position that carries no loss (PyTorch's cross-entropy default)."""
+
+
+class Row(Protocol):
+    """What is trained on: a user's request and the assistant's answer."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The plainest Row."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation: ``ids`` and ``labels`` of equal length; labels are IGNORED outside the answer."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer: Any, prompt: str, answer: str, *, max_length: int | None = None) -> Encoded:
+    """Render with the chat template and tokenise once; label the answer and the token that ends it, nothing else.
+
+    The whole conversation is one text, so no token boundary differs from what the model sees later. Which tokens
+    belong to the answer is read off the offset mapping. What the template puts after the end token is cut off.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template. max_length: longer conversations are cut at the end.
+
+    Raises:
+        ConfigError: no chat template, no offset mapping, a template whose prompt is not a prefix of the whole, or an
+            answer cut away entirely by ``max_length``.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the tokenizer has no chat template", "Give a chat model, or set tokenizer.chat_template.")
+    if not tokenizer.is_fast:
+        raise ConfigError("the tokenizer gives no character offsets (it is not a fast tokenizer)")
+    user = [{"role": "user", "content": prompt}]
+    head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], tokenize=False)
+    if not whole.startswith(head):
+        raise ConfigError(
+            "the chat template renders the request differently once there is an answer",
+            "Use a template whose generation prompt is a prefix of the full conversation.",
+        )
+    made = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = made["input_ids"]
+    inside = [end > len(head) for _, end in made["offset_mapping"]]
+    closing = next((i for i, (t, a) in enumerate(zip(ids, inside, strict=True)) if a and t == tokenizer.eos_token_id), None)
+    size = min(len(ids) if closing is None else closing + 1, max_length or len(ids))
+    labels = [t if a else IGNORED for t, a in zip(ids[:size], inside[:size], strict=True)]
+    if all(label == IGNORED for label in labels):
+        raise ConfigError(f"nothing of the answer is left within {size} tokens", "Raise max_length or shorten the prompt.")
+    return Encoded(ids[:size], labels)
+
+
+class Conversations(Dataset[dict[str, list[int]]]):
+    """Encoded rows as transformers' Trainer wants them: ``input_ids`` and ``labels``."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Row], *, max_length: int | None = None) -> None:
+        self.items = [encode(tokenizer, row.prompt, row.answer, max_length=max_length) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.items[index].ids, "labels": self.items[index].labels}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one pass over the rows, padding left out."""
+        return sum(len(item.ids) for item in self.items)
+
+
+@dataclass(frozen=True)
+class PadRight:
+    """Collator: pads to the longest row. The mask comes from the lengths, so ``pad_id`` may equal the end token."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels``, each int64 [rows, longest row]."""
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, filler: int) -> Tensor:
+            return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
+
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
+        return {"input_ids": padded("input_ids", self.pad_id), "attention_mask": mask, "labels": padded("labels", IGNORED)}

@@ -1,0 +1,151 @@
+"""Supervised fine-tuning of chosen parameters, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ..errors import ConfigError, NumericError
+from .data import Conversations, PadRight, Row
+
+ATTENTION = (r"\.self_attn\.[qkvo]_proj\.",)
+"""Scope ``attention``: the four projections of every layer."""
+EVERYTHING = (r".",)
+"""Every parameter; embeddings and a head tied to them stay frozen all the same."""
+
+Progress = Callable[[int, int, float], None]
+"""Called with (steps done, steps in all, loss of the last step)."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """``losses``: one per step. ``tokens``: tokens seen, padding left out. ``trained``: numbers that were free to move."""
+
+    steps: int
+    tokens: int
+    trained: int
+    losses: tuple[float, ...]
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    trainable: Sequence[str] = EVERYTHING,
+    epochs: int,
+    lr: float,
+    batch: int = 8,
+    seed: int = 0,
+    output_dir: Path,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train ``model`` in place on the answers of ``rows``; AdamW, linear decay after 5 % warm-up, no weight decay.
+
+    Deterministic for a seed on one machine with the same number of threads. Embeddings are always frozen. Afterwards
+    every parameter's ``requires_grad`` is as it was.
+
+    Args:
+        model: a causal LM in float32, on CPU or GPU. tokenizer: see ``data.encode``.
+        trainable: regular expressions; a parameter is trained where one of them is found in its name.
+        epochs, batch: ≥ 1. lr: > 0, the peak rate.
+        output_dir: the Trainer's working folder; nothing is saved to it.
+
+    Raises:
+        ConfigError: a value out of range, no rows, or patterns that name no parameter. NumericError: the loss is not
+        finite. The rendering's errors: see ``data.encode``.
+    """
+    if epochs < 1 or batch < 1 or not lr > 0:
+        raise ConfigError(f"epochs {epochs} and batch {batch} must be at least 1, lr {lr} above 0")
+    if not rows:
+        raise ConfigError("there is nothing to train on: no rows")
+    set_seed(seed)
+    data = Conversations(tokenizer, rows, max_length=max_length)
+    with only_trainable(model, trainable) as trained:
+        watcher = _Watcher(progress)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(output_dir),
+                num_train_epochs=epochs,
+                learning_rate=lr,
+                per_device_train_batch_size=batch,
+                lr_scheduler_type="linear",
+                warmup_steps=0.05,
+                weight_decay=0.0,
+                seed=seed,
+                data_seed=seed,
+                train_sampling_strategy="group_by_length",
+                use_cpu=next(model.parameters()).device.type == "cpu",
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+                logging_strategy="steps",
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            data_collator=PadRight(_pad_id(tokenizer)),
+            train_dataset=data,
+            callbacks=[watcher],
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return TrainingResult(trainer.state.global_step, data.tokens * epochs, trained, tuple(watcher.losses))
+
+
+def _pad_id(tokenizer: Any) -> int:
+    found = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if found is None else found)
+
+
+@contextmanager
+def only_trainable(model: nn.Module, patterns: Sequence[str]) -> Any:
+    """Freeze every parameter but those whose name matches; yields how many numbers stay free, undone on leaving."""
+    wanted = [re.compile(pattern) for pattern in patterns]
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    free = 0
+    for name, parameter in model.named_parameters():
+        keep = id(parameter) not in embeddings and any(p.search(name) for p in wanted)
+        parameter.requires_grad_(keep)
+        free += parameter.numel() if keep else 0
+    try:
+        if not free:
+            raise ConfigError(f"no parameter's name matches {', '.join(patterns)}")
+        yield free
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Collects losses, reports progress, stops on a loss that is not finite."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NumericError(f"the loss is {loss} at step {state.global_step}", "Lower the learning rate.")
+        self.losses.append(loss)
+        if self.progress:
+            self.progress(state.global_step, state.max_steps, loss)
