@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "safegraft"
-FOUNDATION = {"errors", "registry", "config", "manifest", "__version__"}
+FOUNDATION = {"errors", "registry", "config", "manifest", "naming", "__version__"}
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
     "config": {"errors"},
     "manifest": {"__version__"},
+    "naming": set(),
     "data": FOUNDATION,
     "tensors": FOUNDATION,
     "merging": FOUNDATION | {"tensors"},

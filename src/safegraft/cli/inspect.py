@@ -39,8 +39,8 @@ def command(
 
 
 def _page(found: Inspection, model: str, strength: float) -> str:
+    from ..naming import layer_grid
     from ..report.inspection import MAPS, inspection_page
-    from ..tensors.scopes import layer_grid
 
     facts = [
         ("‖τ‖, what fine-tuning changed", f"{found.task_norm:.4g}"),

@@ -40,7 +40,7 @@ def subtract_command(
 @app.command("info")
 def info_command(path: Path = typer.Argument(help="A safety vector's folder.")) -> None:
     """Describe a safety vector: where it comes from, and its norms and effective rank per layer."""
-    from ..tensors.scopes import layer_and_module
+    from ..naming import layer_and_module
     from ..tensors.vector import VECTOR, SafetyVector, describe
 
     vector = SafetyVector(path)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 
-from ..tensors.scopes import layer_and_module
+from ..naming import layer_and_module
 from .survey import Survey
 
 FAR = 0.1

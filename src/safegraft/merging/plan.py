@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from ..naming import layer_and_module
 from ..tensors.files import ShardLayout, build_layout
 from ..tensors.finetune import FineTune
-from ..tensors.scopes import layer_and_module
 from ..tensors.source import MERGEABLE, TensorSpec
 from ..tensors.vector import SafetyVector
 

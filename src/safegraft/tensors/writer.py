@@ -140,7 +140,7 @@ class OutputFolder:
             left, here, source_offset = left - put, here + put, source_offset + put
 
     def done(self, name: str, digest: str, figures: dict[str, float] | None = None) -> None:
-        """Record that ``name`` is complete, with the SHA-256 of its bytes and figures worth keeping for a resumed run."""
+        """Record that ``name`` is complete: the SHA-256 of its bytes, and figures that a resumed run will want."""
         line = json.dumps({"tensor": name, "sha256": digest, "figures": figures}) + "\n"
         with self._lock:
             try:
