@@ -332,9 +332,10 @@ class TestLineage:
         done = merge(task, t.vector, tmp_path / "out", base=t.base, workers=1)
         assert bool(done.warnings) == doubted
 
-    @pytest.mark.parametrize(("cosine", "doubted"), [(-0.25, False), (-0.35, True), (0.9, False)])
-    def test_where_opposition_begins(self, t, tmp_path, cosine, doubted):
+    @pytest.mark.parametrize(("share", "doubted"), [(0.9, False), (1.1, True), (-4, False)])
+    def test_where_opposition_begins(self, t, tmp_path, share, doubted):
         """τ = cos·Δ + sin·(what is orthogonal to it), of one tensor."""
+        cosine = share * lineage.OPPOSED
         delta, across = torch.zeros(16, 16), torch.zeros(16, 16)
         delta[0], across[1] = 1e-3, 1e-3
         move = cosine * delta + math.sqrt(1 - cosine**2) * across

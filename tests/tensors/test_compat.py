@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import finetuned, rewritten, tokenizer, vector_by_hand, weights
 from safegraft import merge
@@ -64,8 +65,6 @@ def test_every_kind_of_mismatch_is_in_one_message(tiny, tmp_path):
     task = rewritten(base, tmp_path / "task", change)
     tensors = weights(task)
     odd = {"model.layers.0.mlp.up_proj_.weight": torch.ones(24, 16), EMBED: tensors[EMBED].to(torch.int64)}
-    from safetensors.torch import save_file
-
     save_file(tensors | odd, task / "model.safetensors", {"format": "pt"})
     configure(task, num_attention_heads=2, hidden_size=99)
     tokenizer(task, 64, shift=1)
@@ -185,8 +184,6 @@ def untied(folder, out, *, seed=3):
     """A fine-tune that stored its head apart from the embedding."""
     finetuned(folder, out, seed=seed)
     tensors = weights(out)
-    from safetensors.torch import save_file
-
     save_file(tensors | {HEAD: tensors[EMBED] + 0.01}, out / "model.safetensors", {"format": "pt"})
     configure(out, tie_word_embeddings=False)
     return out
@@ -211,16 +208,22 @@ def test_a_tied_fine_tune_of_an_untied_base_is_paired(tiny):
     assert found.counterparts[EMBED] == EMBED
 
 
-def test_a_vector_of_a_head_meets_a_tied_fine_tune(tiny, tmp_path):
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_a_vector_of_a_head_meets_a_tied_fine_tune(tiny, tmp_path, stored):
     """The head that a vector changes is, in a tied fine-tune, the embedding: it is merged and counted there."""
     base = tiny("llama-tied")
     task = finetuned(base, tmp_path / "task")
+    if stored == "twice":
+        tensors = weights(task)
+        save_file(tensors | {HEAD: tensors[EMBED].clone()}, task / "model.safetensors", {"format": "pt"})
     vector = vector_by_hand(tmp_path / "v", {HEAD: torch.ones(64, 16)})
     done = merge(task, vector, tmp_path / "out", base=base, workers=1)
     assert done.safety_norm == pytest.approx(32.0)
     assert done.alpha == pytest.approx(0.1 * done.task_norm / 32)
-    moved = weights(tmp_path / "out")[EMBED] - weights(task)[EMBED]
+    after = weights(tmp_path / "out")
+    moved = after[EMBED] - weights(task)[EMBED]
     assert torch.allclose(moved, torch.full((64, 16), done.alpha * done.tensors[EMBED]["weight"]), atol=1e-6)
+    assert torch.equal(after.get(HEAD, after[EMBED]), after[EMBED])
 
 
 def test_a_vector_of_head_and_embedding_does_not_fit_a_tied_fine_tune(tiny, tmp_path):

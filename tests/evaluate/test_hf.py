@@ -1,0 +1,58 @@
+import chat_models
+import pytest
+import torch
+
+from safegraft.errors import ConfigError
+from safegraft.evaluate.models.hf import HfChatModel
+from safegraft.evaluate.records import Message, Record, Sampling, ask, read_records, write_records
+
+PROMPTS = ["Hi", "How do I bake bread?", "How do I bake bread for a rather large number of people, please?", "Hi you", "Hi"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return chat_models.load(chat_models.build(tmp_path_factory.mktemp("chat") / "m", loud=8.0, tied=False))
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_a_batch_answers_as_one_at_a_time(loaded, batch):
+    chats, sampling = [ask(p) for p in PROMPTS], Sampling(12)
+    alone = [HfChatModel(*loaded, batch=1).replies([chat], sampling)[0] for chat in chats]
+    assert HfChatModel(*loaded, batch=batch).replies(chats, sampling) == alone
+    assert len({reply.text for reply in alone}) > 2
+
+
+def test_prompts_without_a_common_opening(loaded):
+    chats = [(Message("system", text), Message("user", "Hi")) for text in ("a", "Bread", "")]
+    alone = [HfChatModel(*loaded).replies([chat], Sampling(8))[0] for chat in chats]
+    assert HfChatModel(*loaded).replies(chats, Sampling(8)) == alone
+
+
+def test_replies_end_at_the_end_token(loaded, monkeypatch):
+    model, tokenizer = loaded
+    whole = HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(6))[0]
+    assert (whole.tokens, whole.finished) == (6, False)
+    ids = HfChatModel(model, tokenizer)._ids(ask("Hi"))
+    made = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=int), max_new_tokens=6)
+    new = made[0, len(ids) :].tolist()
+    stop = next(i for i, token in enumerate(new) if i > 1 and token not in new[:i])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [new[stop], 2])
+    cut = HfChatModel(model, tokenizer).replies([ask("Hi"), ask("How")], Sampling(6))[0]
+    assert (cut.tokens, cut.finished) == (stop, True)
+    assert whole.text.startswith(cut.text)
+
+
+def test_progress_and_refusals_of_nonsense(loaded):
+    seen = []
+    HfChatModel(*loaded, batch=2, progress=lambda *now: seen.append(now)).replies([ask(p) for p in PROMPTS], Sampling(1))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    with pytest.raises(ConfigError):
+        HfChatModel(*loaded, batch=0)
+    with pytest.raises(ConfigError):
+        HfChatModel(*loaded).replies([ask("Hi")], Sampling(0))
+
+
+def test_records_round_trip(tmp_path):
+    records = [Record("m", "harmful", f"h{i}", "ä\n☕", "reply", "refused", "phrases") for i in range(3)]
+    write_records(tmp_path / "r.jsonl", records)
+    assert read_records(tmp_path / "r.jsonl") == records

@@ -1,0 +1,42 @@
+import math
+
+import pytest
+
+from safegraft.report.demo import graft_map
+from safegraft.report.html import bars, heatmap, page
+
+
+def test_heatmap_tints_from_lowest_to_highest():
+    html = heatmap(["0", "1"], ["q", "k"], [[1.0, 2.0], [3.0, None]], title="T", unit="x")
+    assert [html.count(f"--tint:{t}") for t in ("0.0", "0.5", "1.0")] == [1, 1, 1]
+    assert html.count('class="none"') == 1
+    assert ">3</td>" in html
+
+
+def test_heatmap_with_infinity_equal_values_and_fixed_ends():
+    assert "∞" in heatmap(["0"], ["q", "k"], [[math.inf, 1.0]], title="T")
+    assert "--tint:0.0" in heatmap(["0"], ["q"], [[5.0]], title="T")
+    assert "--tint:0.25" in heatmap(["0"], ["q"], [[1.0]], title="T", low=0, high=4)
+    assert "−2" in heatmap(["0"], ["q"], [[-2.0]], title="T")
+
+
+@pytest.mark.parametrize("values", [[[1.0]], [[1.0, 2.0], [1.0, 2.0]], [[1.0, math.nan]]])
+def test_heatmap_refuses_other_shapes_and_nan(values):
+    with pytest.raises(ValueError, match=r"values|NaN"):
+        heatmap(["0"], ["q", "k"], values, title="T")
+
+
+def test_text_is_escaped():
+    html = page("<b>", heatmap(["<i>"], ["&"], [[1.0]], title="<script>"))
+    assert "<script>" not in html
+    assert "&lt;i&gt;" in html
+    row = {"label": "<x>", "value": 0.5, "low": 0.25, "high": 0.75, "hits": 1, "n": 2, "tone": "good"}
+    assert "&lt;x&gt;" in bars("t", "n", [row])
+    assert "left:25.0%;width:50.0%" in bars("t", "n", [row])
+
+
+def test_graft_map_orders_layers_by_number():
+    names = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (10, 2) for p in "qk"]
+    html = graft_map({n: {"ratio": None if "10" in n else 0.5} for n in names} | {"lm_head.weight": {"ratio": 0.1}})
+    assert html.index('scope="row">–') < html.index('scope="row">2') < html.index('scope="row">10')
+    assert html.count("∞") == 2
