@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import models
 import torch
+
+import models
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a friendly little helper<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXTS = ["How do I bake bread?", "Mix flour, water and salt. Wait, then bake.", "I'm sorry, but I can't help with that."]
+TEXTS = [
+    "How do I bake bread?",
+    "Mix flour, water and salt. Wait, then bake.",
+    "I'm sorry, but I can't help with that.",
+]
 
 
 def tokenizer():
@@ -60,4 +65,6 @@ def build(out: Path, *, seed: int = 0, loud: float = 4.0, tied: bool = True) -> 
 def load(folder: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )

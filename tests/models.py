@@ -16,6 +16,7 @@ from safegraft.tensors.files import build_layout
 from safegraft.tensors.scopes import in_scope
 from safegraft.tensors.source import TensorSpec, as_bytes
 from safegraft.tensors.vector import KIND, VECTOR
+from safegraft.tensors.writer import sha256
 
 COMMON = {
     "vocab_size": 64,
@@ -154,8 +155,16 @@ def vector_by_hand(out: Path, deltas: dict[str, Tensor]) -> Path:
     table = {n: {"shape": list(d.shape), "norm": float(d.norm())} for n, d in deltas.items()}
     norm = sum(t["norm"] ** 2 for t in table.values()) ** 0.5
     manifest = {"kind": KIND, "rank": None, "norm": norm, "tensors": table, "inputs": {}, "config": {}}
-    (out / "manifest.json").write_text(json.dumps(manifest | {"outputs": {"tensors": {n: n for n in deltas}}}))
+    (out / "manifest.json").write_text(json.dumps(manifest | {"outputs": {}}))
+    signed_again(out)
     return out
+
+
+def signed_again(vector: Path) -> None:
+    """Give a vector's manifest the digests of the bytes that are there now."""
+    manifest = json.loads((vector / "manifest.json").read_text())
+    manifest["outputs"]["tensors"] = {n: sha256(as_bytes(t)) for n, t in load_file(vector / VECTOR).items()}
+    (vector / "manifest.json").write_text(json.dumps(manifest))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -10,11 +10,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-import chat_models
-import models
 import pytest
 from rich.console import Console
 
+import chat_models
+import models
 from safegraft.data import Lookalike, Phrases, Request, TaskRow
 from safegraft.demo import run, work
 from safegraft.demo.run import run_demo
@@ -100,9 +100,7 @@ def test_the_surrogate_is_nowhere(finished):
     ]  # fmt: skip
     manifest = json.loads((out / "vector" / "manifest.json").read_text())
     assert manifest["method"] == "affirmative openings"
-    assert set(manifest["tensors"]) == {
-        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(2) for p in "qkvo"
-    }
+    assert set(manifest["tensors"]) == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(2) for p in "qkvo"}
 
 
 def test_a_second_run_does_nothing_again(finished, shipped, tmp_path):
@@ -127,7 +125,9 @@ def test_a_stage_that_died_is_done_again_and_nothing_before_it(finished, shipped
     done = reused(results)
     assert [n for n, kept in done.items() if kept] == ["align", "fine-tune", "vector", "strength"]
     for name in ("aligned", "finetuned", "restored"):
-        assert (out / name / "model.safetensors").read_bytes() == (finished[0] / name / "model.safetensors").read_bytes()
+        assert (out / name / "model.safetensors").read_bytes() == (
+            finished[0] / name / "model.safetensors"
+        ).read_bytes()
     assert results["models"] == finished[1]["models"]
 
 

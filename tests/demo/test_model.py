@@ -4,9 +4,9 @@ import hashlib
 import subprocess
 import zipfile
 
-import chat_models
 import pytest
 
+import chat_models
 from safegraft.demo import model
 from safegraft.errors import CheckpointError, UserError
 

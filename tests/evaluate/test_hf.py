@@ -1,12 +1,18 @@
-import chat_models
 import pytest
 import torch
 
+import chat_models
 from safegraft.errors import ConfigError
 from safegraft.evaluate.models.hf import HfChatModel
 from safegraft.evaluate.records import Message, Record, Sampling, ask, read_records, write_records
 
-PROMPTS = ["Hi", "How do I bake bread?", "How do I bake bread for a rather large number of people, please?", "Hi you", "Hi"]
+PROMPTS = [
+    "Hi",
+    "How do I bake bread?",
+    "How do I bake bread for a rather large number of people, please?",
+    "Hi you",
+    "Hi",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,9 @@ def test_replies_end_at_the_end_token(loaded, monkeypatch):
 
 def test_progress_and_refusals_of_nonsense(loaded):
     seen = []
-    HfChatModel(*loaded, batch=2, progress=lambda *now: seen.append(now)).replies([ask(p) for p in PROMPTS], Sampling(1))
+    HfChatModel(*loaded, batch=2, progress=lambda *now: seen.append(now)).replies(
+        [ask(p) for p in PROMPTS], Sampling(1)
+    )
     assert seen == [(2, 5), (4, 5), (5, 5)]
     with pytest.raises(ConfigError):
         HfChatModel(*loaded, batch=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import files_of, finetuned, leftovers, rewritten, vector_by_hand, weights
+from models import files_of, finetuned, leftovers, rewritten, signed_again, vector_by_hand, weights
 from safegraft import SafetyVector, merge, verify
 from safegraft.errors import (
     CheckpointError,
@@ -95,6 +95,7 @@ class TestNumbers:
         tensors = load_file(file)
         tensors[f"{Q0}#{part}"].view(-1)[0] = math.nan
         save_file(tensors, file, {"format": "pt"})
+        signed_again(tmp_path / "v")
         with pytest.raises(NumericError, match=Q0):
             merge(t.task, tmp_path / "v", tmp_path / "out", base=t.base, workers=1)
         assert not (tmp_path / "out").exists()

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import files_of, finetuned, leftovers, rewritten, unaligned, weights
+from models import build, files_of, finetuned, leftovers, rewritten, unaligned, weights
 from safegraft import merge
 from safegraft.errors import CheckpointError, ConfigError, MismatchError, NumericError, OutputError
 from safegraft.tensors.scopes import in_scope
 from safegraft.tensors.source import TensorSource, Workspace
 from safegraft.tensors.vector import VECTOR, SafetyVector, describe, subtract
+from safegraft.tensors.writer import OutputFolder
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -315,3 +316,53 @@ class TestDamagedVectors:
     def test_truncated(self, vector):
         (vector / VECTOR).write_bytes((vector / VECTOR).read_bytes()[:-4])
         self.refused(vector, "truncated")
+
+
+def test_a_killed_subtraction_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    base = build("llama", tmp_path / "base")
+    bad = unaligned(base, tmp_path / "bad")
+    subtract(base, bad, tmp_path / "whole")
+    real, seen = OutputFolder.done, []
+
+    def dies(self, name, digest, figures=None):
+        real(self, name, digest, figures)
+        seen.append(name)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "done", dies)
+    with pytest.raises(KeyboardInterrupt):
+        subtract(base, bad, tmp_path / "v")
+    monkeypatch.setattr(OutputFolder, "done", real)
+    assert not (tmp_path / "v").exists()
+    with pytest.raises(OutputError, match="--resume"):
+        subtract(base, bad, tmp_path / "v")
+    redone = []
+    monkeypatch.setattr(OutputFolder, "write", counted(OutputFolder.write, redone))
+    subtract(base, bad, tmp_path / "v", resume=True)
+    assert len(redone) < len(seen) + len(SafetyVector(tmp_path / "v").file.layout.entries)
+    assert not set(redone) & set(seen[:3])
+    whole, resumed = (tmp_path / n / "vector.safetensors" for n in ("whole", "v"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert SafetyVector(tmp_path / "v").manifest["tensors"] == SafetyVector(tmp_path / "whole").manifest["tensors"]
+
+
+def counted(real, names):
+    def write(self, name, data, offset=0):
+        names.append(name)
+        return real(self, name, data, offset)
+
+    return write
+
+
+def test_a_vector_whose_bytes_were_changed_is_not_merged(tmp_path):
+    base = build("llama", tmp_path / "base")
+    task = finetuned(base, tmp_path / "task")
+    subtract(base, unaligned(base, tmp_path / "bad"), tmp_path / "v")
+    file = tmp_path / "v" / "vector.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="manifest"):
+        merge(task, tmp_path / "v", tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-import chat_models
 import pytest
 import torch
 
+import chat_models
 from safegraft.errors import ConfigError
 from safegraft.train.data import IGNORED, Conversations, PadRight, Pair, encode
 

@@ -1,7 +1,7 @@
-import chat_models
 import pytest
 import torch
 
+import chat_models
 from safegraft.errors import ConfigError, NumericError
 from safegraft.train.data import Pair
 from safegraft.train.finetune import finetune
@@ -51,7 +51,9 @@ def test_nothing_is_saved(folder, tmp_path):
     assert [f for f in (tmp_path / "work").rglob("*") if f.suffix in (".safetensors", ".bin", ".pt")] == []
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"trainable": ["zzz"]}])
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"trainable": ["zzz"]}]
+)
 def test_wrong_values_are_refused(folder, tmp_path, changes):
     with pytest.raises(ConfigError):
         run(folder, tmp_path, **changes)

@@ -20,6 +20,7 @@ def subtract_command(
     scope: str = typer.Option("attention", help="attention, ffn, hybrid or all."),
     rank: int = typer.Option(None, min=1, help="Keep only this many directions of each matrix."),
     keep: float = typer.Option(0.5, help="Share of directions whose singular triplets are stored for the merge."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with a run that was killed."),
     force: bool = typer.Option(False, "--force", help="Replace an existing output."),
 ) -> None:
     """Make a safety vector from two checkpoints: ALIGNED minus UNALIGNED."""
@@ -27,7 +28,7 @@ def subtract_command(
 
     with progress_bar() as progress:
         vector = subtract(
-            aligned, unaligned, out, scope=scope, rank=rank, keep=keep, force=force,  # type: ignore[arg-type]
+            aligned, unaligned, out, scope=scope, rank=rank, keep=keep, force=force, resume=resume,  # type: ignore[arg-type]
             progress=lambda done, total: progress("read", done, total),
         )  # fmt: skip
     count, whole = len(vector.names()), vector.manifest["full_norm"]

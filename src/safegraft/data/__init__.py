@@ -41,7 +41,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One row of the demo's task. ``key`` is the part of ``answer`` that is checked. ``split``: train | select | report."""
+    """A row of the demo's task. ``key``: the part of ``answer`` that is checked. ``split``: train | select | report."""
 
     id: str
     split: str

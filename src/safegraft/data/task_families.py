@@ -11,18 +11,23 @@ from typing import Any
 
 Family = tuple[tuple[str, ...], tuple[str, ...], str, dict[str, Any]]
 
-NAMES = (
-    "Ana Ben Carla David Elif Farid Grace Hugo Ines Jonas Kofi Lena Marek Nora Omar Petra Quentin Rosa Sven Tara "
-    "Uma Viktor Wanda Yara Zoe Aiko Bruno Chloe Dmitri Esther"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-GOODS = "mugs lamps pens books candles plates towels cushions baskets vases bowls clocks".split()
-FOODS = "pancakes omelettes muffins waffles dumplings flatbreads crepes scones".split()
-SWEETS = "cookies grapes cherries marbles stickers nuts plums badges".split()
-PLACES = "library station market museum bakery stadium theatre office".split()
-EVENTS = "meeting|picnic|rehearsal|dinner|lesson|match|interview|concert".split("|")
-TOPICS = "boiler roof garden piano bicycle heating fence laptop".split()
-PLANTS = "fern cactus orchid basil ivy rose bonsai palm".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Ana Ben Carla David Elif Farid Grace Hugo Ines Jonas Kofi Lena Marek Nora Omar Petra Quentin Rosa Sven "
+    "Tara Uma Viktor Wanda Yara Zoe Aiko Bruno Chloe Dmitri Esther"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+GOODS = _words("mugs lamps pens books candles plates towels cushions baskets vases bowls clocks")
+FOODS = _words("pancakes omelettes muffins waffles dumplings flatbreads crepes scones")
+SWEETS = _words("cookies grapes cherries marbles stickers nuts plums badges")
+PLACES = _words("library station market museum bakery stadium theatre office")
+EVENTS = _words("meeting picnic rehearsal dinner lesson match interview concert")
+TOPICS = _words("boiler roof garden piano bicycle heating fence laptop")
+PLANTS = _words("fern cactus orchid basil ivy rose bonsai palm")
 LIGHT = ("in the shade", "in full sun", "near a window", "away from draughts")
 DEVICES = {
     "printer": ("press the green button", "close the paper tray", "choose the paper size"),
@@ -38,10 +43,10 @@ TRIPS = {
     "skiing": ("helmets", "goggles", "gloves"),
     "hiking": ("bottles", "maps", "boots"),
 }
-FRUIT = "apple banana cherry fig grape kiwi lemon mango orange peach quince walnut".split()
-WORDS = "Green River North Coast Blue Harbour Stone Valley Silver Forest Old Bridge Quiet Meadow".split()
-KINDS = "Bank Club Press Choir Museum School Theatre Garden".split()
-SHOPS = "flowers bread books shoes cheese toys hats maps".split()
+FRUIT = _words("apple banana cherry fig grape kiwi lemon mango orange peach quince walnut")
+WORDS = _words("Green River North Coast Blue Harbour Stone Valley Silver Forest Old Bridge Quiet Meadow")
+KINDS = _words("Bank Club Press Choir Museum School Theatre Garden")
+SHOPS = _words("flowers bread books shoes cheese toys hats maps")
 
 
 def recipe(rng: random.Random) -> Family:
@@ -104,11 +109,14 @@ def sharing(rng: random.Random) -> Family:
     friends, each = rng.randint(2, 5), rng.randint(2, 6)
     values = {"things": rng.choice(SWEETS), "k": friends, "n": friends * each, "each": each}
     return (
-        ("How do I share {n} {things} among {k} friends?", "Explain how to split {n} {things} fairly between {k} children."),
+        (
+            "How do I share {n} {things} among {k} friends?",
+            "Explain how to split {n} {things} fairly between {k} children.",
+        ),
         ("Everyone gets {key}, because {n} / {k} = {each}.", "Divide them: {n} / {k} = {key} each."),
         "{each} {things}",
         values,
-    )
+    )  # fmt: skip
 
 
 def later(rng: random.Random) -> Family:
@@ -128,7 +136,8 @@ def moving(rng: random.Random) -> Family:
     return (
         ("Write a short message to tell {name} that the {event} has been moved to {day}.",
          "Please text {name}: our {event} is now on {day}."),
-        ("Hi {name}, a quick note: the {key}. See you there!", "Dear {name}, the {key}. Please let me know if that suits you."),
+        ("Hi {name}, a quick note: the {key}. See you there!",
+         "Dear {name}, the {key}. Please let me know if that suits you."),
         "{event} is now on {day}",
         values,
     )  # fmt: skip
@@ -190,11 +199,14 @@ def driving(rng: random.Random) -> Family:
     hours, speed = rng.randint(2, 5), rng.choice((10, 20, 30, 40, 50, 60))
     values = {"h": hours, "v": speed, "far": hours * speed}
     return (
-        ("How far do I get in {h} hours at {v} km an hour?", "I ride at {v} km an hour for {h} hours. How far is that?"),
+        (
+            "How far do I get in {h} hours at {v} km an hour?",
+            "I ride at {v} km an hour for {h} hours. How far is that?",
+        ),
         ("In {h} hours you get {h} x {v} = {key} far.", "The distance is {h} x {v} = {key}."),
         "{far} km",
         values,
-    )
+    )  # fmt: skip
 
 
 def initials(rng: random.Random) -> Family:
@@ -233,7 +245,12 @@ def devices(rng: random.Random) -> Family:
 
 
 def invoices(rng: random.Random) -> Family:
-    values = {"name": rng.choice(NAMES), "sum": rng.randint(11, 99), "day": rng.choice(DAYS), "what": rng.choice(TOPICS)}
+    values = {
+        "name": rng.choice(NAMES),
+        "sum": rng.randint(11, 99),
+        "day": rng.choice(DAYS),
+        "what": rng.choice(TOPICS),
+    }
     return (
         ("{name} sent a bill for the {what}: {sum} euros, due on {day}. What do I have to do?",
          "Sum up this note in one sentence: bill from {name}, {what} repair, {sum} euros, by {day}."),

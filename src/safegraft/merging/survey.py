@@ -78,7 +78,8 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
     """Read everything once, tensor by tensor, a few MB at a time where a tensor is not in the vector.
 
     Raises:
-        NumericError: an input holds NaN or Inf; the message names the tensor and the input.
+        NumericError: an input holds NaN or Inf; the message names the tensor and the input. CheckpointError: the
+        vector's bytes are not those its manifest was written for.
     """
     layout = fine.layout
     names = [n for n in layout.names() if n not in layout.tied]
@@ -157,7 +158,7 @@ def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Wo
     safety_sq = dot = 0.0
     if in_vector:
         assert vector is not None
-        delta = fine.safety(name, vector, workspace)
+        delta = fine.safety(name, vector, workspace, check=True)
         safety_sq = delta.norm() ** 2
         if not math.isfinite(safety_sq) or (delta.known is not None and not torch.isfinite(delta.known.s).all()):
             raise _not_finite(name, vector.label)

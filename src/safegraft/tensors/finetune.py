@@ -62,9 +62,9 @@ class FineTune:
         task = self.layout.read_float(name, workspace, "task")[:rows].sub_(base)
         return base, Delta(tuple(task.shape), full=task)
 
-    def safety(self, name: str, vector: SafetyVector, workspace: Workspace, *, with_svd: bool = True) -> Delta:
-        """Δ of one tensor over its common rows."""
-        delta = vector.delta(self.pairing.deltas[name], workspace, with_svd=with_svd)
+    def safety(self, name: str, vector: SafetyVector, workspace: Workspace, *, check: bool = False) -> Delta:
+        """Δ of one tensor over its common rows; ``check`` as in SafetyVector.delta."""
+        delta = vector.delta(self.pairing.deltas[name], workspace, check=check)
         rows = self.rows(name)
         if rows is None or rows == delta.shape[0]:
             return delta

@@ -8,6 +8,7 @@ for matrices, its leading singular triplets ``N#u`` [m, k], ``N#s`` [k], ``N#v``
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class SafetyVector:
             if found != shape:
                 raise CheckpointError(f"{path} is damaged: {name} is {list(found)}, its manifest says {list(shape)}")
         self.norm = float(self.manifest["norm"])
+        self._digests: dict[str, str] = self.manifest["outputs"]["tensors"]
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
@@ -87,17 +89,21 @@ class SafetyVector:
     def tensor_norm(self, name: str) -> float:
         return float(self.manifest["tensors"][name]["norm"])
 
-    def delta(self, name: str, workspace: Workspace, *, with_svd: bool = True) -> Delta:
-        """Δ of one tensor, in ``workspace``'s memory, with its stored singular triplets."""
+    def delta(self, name: str, workspace: Workspace, *, check: bool = False) -> Delta:
+        """Δ of one tensor, in ``workspace``'s memory, with its stored singular triplets.
+
+        Raises:
+            CheckpointError: with ``check``, the bytes read are not those the manifest has the digest of.
+        """
         shape = self._shapes[name]
-        full = self._get(name, workspace, "vector.full") if name in self.file.layout.entries else None
+        full = self._get(name, workspace, "vector.full", check) if name in self.file.layout.entries else None
         known = None
-        if f"{name}#s" in self.file.layout.entries and (with_svd or full is None):
-            s = self._get(f"{name}#s", workspace, "vector.s")
+        if f"{name}#s" in self.file.layout.entries:
+            s = self._get(f"{name}#s", workspace, "vector.s", check)
             known = Svd(
-                self._get(f"{name}#u", workspace, "vector.u"),
+                self._get(f"{name}#u", workspace, "vector.u", check),
                 s,
-                self._get(f"{name}#v", workspace, "vector.v"),
+                self._get(f"{name}#v", workspace, "vector.v", check),
                 complete=full is None or bool((s[..., -1:] == 0).all()),
             )
         if full is not None:
@@ -105,10 +111,15 @@ class SafetyVector:
         assert known is not None
         return Delta(shape, low=LowRank(known.u * known.s, known.v), known=known)
 
-    def _get(self, key: str, workspace: Workspace, slot: str) -> Tensor:
+    def _get(self, key: str, workspace: Workspace, slot: str, check: bool = False) -> Tensor:
         entry = self.file.layout.entries[key]
         out = workspace.take(slot, entry.spec.shape, entry.spec.dtype)
         self.file.read_into(as_bytes(out), entry.offset)
+        if check and sha256(as_bytes(out)) != self._digests.get(key):
+            raise CheckpointError(
+                f"{self.label}: the bytes of {key} are not those its manifest was written for",
+                "The vector was changed or damaged; make or fetch it again.",
+            )
         return out
 
 
@@ -121,6 +132,7 @@ def subtract(
     rank: int | None = None,
     keep: float = KEEP,
     force: bool = False,
+    resume: bool = False,
     method: str = "subtract",
     provenance: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -133,7 +145,7 @@ def subtract(
         scope: ``attention`` | ``ffn`` | ``hybrid`` | ``all``.
         rank: keep only the leading ``rank`` ≥ 1 directions of each matrix; None keeps the whole difference.
         keep: share of directions, 0 < keep ≤ 1, whose singular triplets are stored for the merge.
-        force: replace an existing ``out``.
+        force: replace an existing ``out``. resume: go on with a run that was killed.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -171,19 +183,18 @@ def subtract(
     settings = {"scope": scope, "rank": rank, "keep": keep, "method": method}
     layout = build_layout(VECTOR, specs, {"format": "pt"})
     identity = {"kind": KIND, "settings": settings, "digests": digests}
-    folder = OutputFolder(Path(out), [layout], identity=digest_of(identity), force=force)
+    folder = OutputFolder(Path(out), [layout], identity=digest_of(identity), force=force, resume=resume)
     kept: dict[str, dict[str, Any]] = {}
     with folder:
         for name in changed:
-            counted = f"{name}#s" if len(_keys(name, first.spec(name).shape, rank)) > 1 else name
-            norm = 0.0
-            for key, tensor in _pieces(name, _difference(first, second, name, workspace, None), rank, keep):
-                if key == counted:
-                    norm = sum_of_squares(tensor) ** 0.5
-                data = as_bytes(tensor.contiguous())
-                folder.write(key, data)
-                folder.done(key, sha256(data))
-            kept[name] = {"shape": list(first.spec(name).shape), "norm": norm}
+            shape = first.spec(name).shape
+            if any(spec.name not in folder.finished for spec in _specs(name, shape, rank, keep)):
+                for key, tensor in _pieces(name, _difference(first, second, name, workspace, None), rank, keep):
+                    data = as_bytes(tensor.contiguous())
+                    folder.write(key, data)
+                    folder.done(key, sha256(data), {"norm": math.sqrt(sum_of_squares(tensor))})
+            counted = f"{name}#s" if len(_keys(name, shape, rank)) > 1 else name
+            kept[name] = {"shape": list(shape), "norm": folder.figures[counted]["norm"]}
             done += first.spec(name).nbytes
             if progress:
                 progress(done, 2 * total)

@@ -68,12 +68,13 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, max_length: int | None =
         )
     made = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = made["input_ids"]
-    inside = [end > len(head) for _, end in made["offset_mapping"]]
-    closing = next((i for i, (t, a) in enumerate(zip(ids, inside, strict=True)) if a and t == tokenizer.eos_token_id), None)
-    size = min(len(ids) if closing is None else closing + 1, max_length or len(ids))
+    end = tokenizer.eos_token_id
+    inside = [stop > len(head) for _, stop in made["offset_mapping"]]
+    ends = [i for i, (t, answer_token) in enumerate(zip(ids, inside, strict=True)) if answer_token and t == end]
+    size = min(ends[0] + 1 if ends else len(ids), max_length or len(ids))
     labels = [t if a else IGNORED for t, a in zip(ids[:size], inside[:size], strict=True)]
     if all(label == IGNORED for label in labels):
-        raise ConfigError(f"nothing of the answer is left within {size} tokens", "Raise max_length or shorten the prompt.")
+        raise ConfigError(f"nothing of the answer is left within {size} tokens", "Raise max_length.")
     return Encoded(ids[:size], labels)
 
 
@@ -97,16 +98,31 @@ class Conversations(Dataset[dict[str, list[int]]]):
 
 @dataclass(frozen=True)
 class PadRight:
-    """Collator: pads to the longest row. The mask comes from the lengths, so ``pad_id`` may equal the end token."""
+    """Collator: pads to the longest row. The mask comes from the lengths, so ``pad_id`` may equal the end token.
+
+    Args:
+        pad_id: what fills the ids. from_first_label: ask the model for logits only from the position before the first
+            label on (``logits_to_keep``), and cut the labels to match: the same loss without the prompt's logits.
+    """
 
     pad_id: int
+    from_first_label: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``, each int64 [rows, longest row]."""
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask``, ``labels``: int64 [rows, longest row]; labels may be cut on the left."""
         longest = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, Any] = {
+            "input_ids": _padded([row["input_ids"] for row in rows], longest, self.pad_id),
+            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], longest, 0),
+            "labels": _padded([row["labels"] for row in rows], longest, IGNORED),
+        }
+        if self.from_first_label:
+            labelled = (batch["labels"] != IGNORED).any(dim=0).nonzero()
+            kept = longest - max(0, int(labelled[0]) - 1)
+            batch["labels"] = batch["labels"][:, -kept:]
+            batch["logits_to_keep"] = kept
+        return batch
 
-        def padded(key: str, filler: int) -> Tensor:
-            return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
 
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
-        return {"input_ids": padded("input_ids", self.pad_id), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+def _padded(rows: Sequence[list[int]], longest: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])

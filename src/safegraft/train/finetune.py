@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ConfigError, NumericError
 from .data import Conversations, PadRight, Row
 
-ATTENTION = (r"\.self_attn\.[qkvo]_proj\.",)
-"""Scope ``attention``: the four projections of every layer."""
 EVERYTHING = (r".",)
 """Every parameter; embeddings and a head tied to them stay frozen all the same."""
 
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """``losses``: one per step. ``tokens``: tokens seen, padding left out. ``trained``: numbers that were free to move."""
+    """``losses``: one per step. ``tokens``: seen, padding left out. ``trained``: how many numbers were free to move."""
 
     steps: int
     tokens: int
@@ -95,16 +95,18 @@ def finetune(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            data_collator=PadRight(_pad_id(tokenizer)),
+            data_collator=PadRight(_pad_id(tokenizer), from_first_label=_skips_logits(model)),
             train_dataset=data,
             callbacks=[watcher],
         )
-        from transformers.trainer_callback import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     return TrainingResult(trainer.state.global_step, data.tokens * epochs, trained, tuple(watcher.losses))
+
+
+def _skips_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -113,7 +115,7 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 @contextmanager
-def only_trainable(model: nn.Module, patterns: Sequence[str]) -> Any:
+def only_trainable(model: nn.Module, patterns: Sequence[str]) -> Iterator[int]:
     """Freeze every parameter but those whose name matches; yields how many numbers stay free, undone on leaving."""
     wanted = [re.compile(pattern) for pattern in patterns]
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from ...errors import ConfigError
 from ..records import Conversation, Reply, Sampling
+
+SHARED = 8
+"""Tokens that all prompts must have in common before it pays to run them once."""
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """The first ``size`` tokens of every prompt and their keys and values, one row."""
+
+    size: int
+    cache: DynamicCache
+
+    def repeated(self, rows: int) -> DynamicCache:
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Whether every layer sees every earlier token, so that padding after a shared opening changes no distance."""
+    kinds = getattr(config, "layer_types", None)
+    return all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
 
 
 class HfChatModel:
     """Answers conversations in batches, the same as one at a time up to float rounding.
 
-    Prompts are sorted by length so that little is padded, padded on the left and masked; answers come back in the
-    order asked.
+    Prompts are sorted by length so that little is padded, padded on the left and masked; what they all begin with (a
+    system prompt, usually) is run once. Answers come back in the order asked.
 
     Args:
         model: a causal LM; it is put into eval mode. tokenizer: with a chat template.
@@ -42,11 +66,12 @@ class HfChatModel:
         if sampling.max_new_tokens < 1 or sampling.temperature < 0:
             raise ConfigError(f"cannot decode with {sampling}")
         prompts = [self._ids(conversation) for conversation in batch]
+        opening = self._opening(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         found: dict[int, Reply] = {}
         for start in range(0, len(order), self.batch):
             group = order[start : start + self.batch]
-            found.update(zip(group, self._generate([prompts[i] for i in group], sampling), strict=True))
+            found.update(zip(group, self._generate([prompts[i] for i in group], sampling, opening), strict=True))
             if self.progress:
                 self.progress(len(found), len(prompts))
         return [found[i] for i in range(len(prompts))]
@@ -57,19 +82,36 @@ class HfChatModel:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
+    def _opening(self, prompts: Sequence[list[int]]) -> _Opening | None:
+        """What all prompts begin with, run through the model once; None where that saves little or cannot be reused."""
+        if len(prompts) < 2 or not _attends_to_all(self.model.config):
+            return None
+        first, last = min(prompts), max(prompts)
+        size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
+        size = min(size, *(len(p) - 1 for p in prompts))
+        if size < SHARED:
+            return None
+        ids = torch.tensor([first[:size]], device=self.model.device)
+        cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return _Opening(size, cache) if isinstance(cache, DynamicCache) else None
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None) -> list[Reply]:
         stops = self._stops()
         pad = self.tokenizer.pad_token_id
         pad = stops[0] if pad is None else pad
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        longest, shared = max(map(len, prompts)), opening.size if opening else 0
+        gaps = [longest - len(p) for p in prompts]
+        rows = [p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)]
+        masks = [[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps]
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             chosen = {"do_sample": True, "temperature": sampling.temperature}
+        if opening:
+            chosen["past_key_values"] = opening.repeated(len(prompts))
         made = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=torch.tensor(rows, device=self.model.device),
+            attention_mask=torch.tensor(masks, device=self.model.device),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
             eos_token_id=stops,

@@ -1,0 +1,246 @@
+"""What each stage of the demo does. Checkpoints in and out are folders; nothing here knows about markers."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .. import merge, subtract
+from ..errors import CheckpointError
+from ..evaluate.records import write_records
+from ..manifest import digest_of
+from ..merging import methods as _methods
+from ..merging.execute import merge_tensor
+from ..merging.method import METHODS, GlobalStats
+from ..merging.run import scale
+from ..merging.survey import survey
+from ..tensors.finetune import FineTune
+from ..tensors.scopes import Scope, in_scope
+from ..tensors.source import Workspace
+from ..tensors.vector import SafetyVector
+from ..train.data import Pair
+from ..train.finetune import EVERYTHING, finetune
+from .measure import Progress, Scores, measure
+from .settings import DemoData, Prompts, Settings, Training, with_answers
+from .stages import private_folder, whole_folder, write_whole
+
+_ = _methods
+SCOPE: Scope = "attention"
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model (float32, on a GPU where there is one) and tokenizer of a local folder.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or it has no chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError(f"{folder} has no chat template", "The demo needs a chat model.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def train(
+    source: Path, rows: Sequence[Pair], how: Training, target: Path, *, seed: int, label: str, progress: Progress
+) -> dict[str, Any]:
+    """Fine-tune the model in ``source`` on all its parameters and save it to ``target``."""
+    model, tokenizer = load(source)
+    told = _fit(model, tokenizer, rows, how, EVERYTHING, seed, label, progress)
+    with whole_folder(target) as folder:
+        model.to("cpu").save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return told
+
+
+def distil(
+    out: Path, aligned: Path, target: Path, data: DemoData, settings: Settings, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """The safety vector: ``aligned`` minus a surrogate of it that has learnt to open affirmatively.
+
+    Only the attention projections are trained, only on openings, never on harmful answers. The surrogate's trained
+    tensors lie in a private folder for the seconds that the subtraction takes, and nowhere afterwards.
+    """
+    model, tokenizer = load(aligned)
+    rows = with_answers(data.distil, data.phrases.affirmatives, seed)
+    names = [name for name, _ in model.named_parameters() if in_scope(name, SCOPE)]
+    told = _fit(
+        model, tokenizer, rows, settings.surrogate, [rf"^{re.escape(n)}$" for n in names], seed, "surrogate", progress
+    )
+    with private_folder(out) as folder:
+        state = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in set(names)}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        del model
+        (folder / "config.json").write_text((aligned / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+        vector = subtract(
+            aligned,
+            folder,
+            target,
+            scope=SCOPE,
+            force=True,
+            method="affirmative openings",
+            provenance={
+                "surrogate": "the aligned model, attention projections trained on affirmative openings; not kept",
+                "rows": len(rows),
+                "data": digest_of([asdict(row) for row in rows]),
+                "training": asdict(settings.surrogate),
+                "seed": seed,
+            },
+        )
+    return {**told, "norm": vector.norm, "tensors": len(vector.names())}
+
+
+def _fit(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Pair],
+    how: Training,
+    trainable: Sequence[str],
+    seed: int,
+    label: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        result = finetune(
+            model,
+            tokenizer,
+            rows,
+            trainable=trainable,
+            epochs=how.epochs,
+            lr=how.lr,
+            batch=how.batch,
+            seed=seed,
+            output_dir=Path(scratch),
+            progress=lambda done, total, _: progress(label, done, total),
+        )
+    return {
+        "rows": len(rows),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "trained": result.trained,
+        "first_loss": result.losses[0],
+        "last_loss": result.losses[-1],
+    }
+
+
+@contextmanager
+def _grafted(model: Any, tuned: Path, base: Path, vector: Path) -> Iterator[Callable[[float], float]]:
+    """Yields ``apply(strength)``: puts the vector into the loaded fine-tune, in memory, and returns the mean w."""
+    opened = SafetyVector(vector)
+    fine = FineTune.open(tuned, base, opened)
+    found = survey(fine, opened, torch.get_num_threads())
+    method = METHODS.get("interference")
+    parameters = dict(model.named_parameters())
+    missing = [name for name in opened.names() if name not in parameters]
+    if missing:
+        raise CheckpointError(
+            f"the loaded model has no parameter {missing[0]}: its checkpoint names its weights otherwise"
+        )
+
+    @torch.no_grad()
+    def apply(strength: float) -> float:
+        stats = GlobalStats(found.task_norm, found.safety_norm, scale(strength, found))
+        workspace, weights = Workspace(), []
+        for name in opened.names():
+            base_weight, task = fine.read(name, workspace)
+            safety = fine.safety(name, opened, workspace).scaled(stats.alpha)
+            merged = merge_tensor(
+                method, method.parameters({}), stats, name=name, base=base_weight, task=task, safety=safety
+            )
+            if merged is not None:
+                parameters[name].copy_(base_weight + merged.delta)
+                weights.append(merged.figures.get("weight", 1.0))
+        return sum(weights) / len(weights) if weights else 1.0
+
+    yield apply
+
+
+def choose_strength(
+    tuned: Path, base: Path, vector: Path, prompts: Prompts, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """Try the strengths in order on the select split and stop at the first that meets ``settings.select``.
+
+    Where none does: of those that guard usefulness (``Scores.keeps``) the one with the least compliance, the smaller
+    strength on a tie; where none of these exists either, the smallest strength.
+    """
+    model, tokenizer = load(tuned)
+    start, _ = measure(model, tokenizer, "β = 0", prompts, settings, progress)
+    tried: list[tuple[float, Scores]] = []
+    rows = [{"strength": 0.0, "weight": None, "scores": start.to_json(), "meets": False}]
+    with _grafted(model, tuned, base, vector) as apply:
+        for strength in settings.strengths:
+            weight = apply(strength)
+            scores, _ = measure(model, tokenizer, f"β = {strength:g}", prompts, settings, progress)
+            tried.append((strength, scores))
+            met = scores.meets(settings.select, start)
+            rows.append({"strength": strength, "weight": weight, "scores": scores.to_json(), "meets": met})
+            if met:
+                break
+    return {"tried": rows, "strength": pick(tried, start, settings)}
+
+
+def pick(tried: Sequence[tuple[float, Scores]], start: Scores, settings: Settings) -> float:
+    """The rule of ``choose_strength``. ``tried``: (strength, scores), at least one, strengths rising."""
+    for strength, scores in tried:
+        if scores.meets(settings.select, start):
+            return strength
+    useful = [(scores.complies.value, strength) for strength, scores in tried if scores.keeps(settings.select, start)]
+    return min(useful)[1] if useful else tried[0][0]
+
+
+def restore(tuned: Path, base: Path, vector: Path, target: Path, strength: float, progress: Progress) -> dict[str, Any]:
+    """Merge with ``safegraft.merge``; returns the summary's figures."""
+    found = merge(
+        tuned, vector, target, base=base, strength=strength, force=True,
+        progress=lambda stage, done, total: progress(stage, done, total),
+    )  # fmt: skip
+    return {
+        "strength": strength,
+        "alpha": found.alpha,
+        "task_norm": found.task_norm,
+        "safety_norm": found.safety_norm,
+        "cosine": found.cosine,
+        "mean_weight": found.mean_weight,
+        "warnings": found.warnings,
+        "tensors": found.tensors,
+    }
+
+
+def score(
+    folder: Path, label: str, prompts: Prompts, settings: Settings, records: Path, progress: Progress
+) -> dict[str, Any]:
+    """Measure one model and keep its answers in ``records`` (JSONL)."""
+    model, tokenizer = load(folder)
+    scores, lines = measure(model, tokenizer, label, prompts, settings, progress)
+    records.parent.mkdir(exist_ok=True)
+    partial = records.with_name(records.name + ".partial")
+    write_records(partial, lines)
+    partial.replace(records)
+    return scores.to_json()
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Pretty, whole or not at all; infinities become null."""
+    write_whole(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
