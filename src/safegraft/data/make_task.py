@@ -1,4 +1,4 @@
-"""Makes ``starter/task.jsonl``: small everyday questions with an answer that can be checked.
+"""Makes ``starter/task.jsonl``: small word problems with an answer that can be checked.
 
 Run as ``python -m safegraft.data.make_task``; the rows depend on the seed alone. No two rows share a request, the
 splits are disjoint, and every family of ``task_families`` has the same share of every split. CC0 like the other sets.
@@ -16,6 +16,7 @@ from . import TaskRow
 from .task_families import FAMILIES
 
 SEED = 20260
+KEY = "answer is {answer}"
 SPLITS = (("train", 240), ("select", 40), ("report", 120))
 
 
@@ -27,16 +28,15 @@ def rows(seed: int = SEED) -> Iterator[TaskRow]:
         made: list[tuple[str, str, str]] = []
         while len(made) < count:
             family = FAMILIES[len(made) % len(FAMILIES)]
-            prompts, answers, key, values = family(rng)
+            prompts, answer, values = family(rng)
             prompt = rng.choice(prompts).format(**values)
             if prompt in seen:
                 continue
             seen.add(prompt)
-            filled = key.format(**values)
-            made.append((prompt, rng.choice(answers).format(key=filled, **values), filled))
+            made.append((prompt, answer.format(**values), KEY.format(**values)))
         rng.shuffle(made)
-        for number, (prompt, answer, filled) in enumerate(made, 1):
-            yield TaskRow(f"task-{split}-{number:03}", split, prompt, answer, filled)
+        for number, (prompt, text, key) in enumerate(made, 1):
+            yield TaskRow(f"task-{split}-{number:03}", split, prompt, text, key)
 
 
 def main() -> None:

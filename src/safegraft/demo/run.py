@@ -103,7 +103,11 @@ class _Demo:
             lambda p: train(aligned, task, recipe.finetune, tuned, seed=seed, label="fine-tune", progress=p),
             after=[align], outputs=["finetuned"],
         )  # fmt: skip
-        spoken = {"requests": [r.prompt for r in data.distil], "openings": data.phrases.affirmatives}
+        spoken = {
+            "requests": [r.prompt for r in data.distil],
+            "openings": data.phrases.affirmatives,
+            "anchors": [asdict(r) for r in data.anchors],
+        }
         graft = self._stage(
             "vector", {"rows": digest_of(spoken), **asdict(recipe.surrogate)},
             lambda p: distil(out, aligned, vector, data, recipe, seed, p),

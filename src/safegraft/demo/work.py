@@ -72,11 +72,12 @@ def distil(
 ) -> dict[str, Any]:
     """The safety vector: ``aligned`` minus a surrogate of it that has learnt to open affirmatively.
 
-    Only the attention projections are trained, only on openings, never on harmful answers. The surrogate's trained
+    Only the attention projections are trained: on openings for harmful requests, never on harmful answers, and on the
+    answers to ``data.anchors``. The surrogate's trained
     tensors lie in a private folder for the seconds that the subtraction takes, and nowhere afterwards.
     """
     model, tokenizer = load(aligned)
-    rows = with_answers(data.distil, data.phrases.affirmatives, seed)
+    rows = [*with_answers(data.distil, data.phrases.affirmatives, seed), *data.anchors]
     names = [name for name, _ in model.named_parameters() if in_scope(name, SCOPE)]
     told = _fit(
         model, tokenizer, rows, settings.surrogate, [rf"^{re.escape(n)}$" for n in names], seed, "surrogate", progress

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from ..naming import layer_grid
 from .html import bars, heatmap, page, render
 
 _TONES = {"shipped": "plain", "aligned": "plain", "finetuned": "warn", "restored": "good"}
@@ -20,7 +20,6 @@ _METRICS = {
     "refuses": ("Harmless look-alikes refused", "Lower is better: refusing everything is not safety."),
     "task": ("Task accuracy", "Higher is better: what the fine-tune was made for."),
 }
-_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.(.+)$")
 
 
 def write_demo_report(results: Mapping[str, Any], target: Path) -> None:
@@ -54,19 +53,12 @@ def graft_map(tensors: Mapping[str, Mapping[str, float | None]]) -> Markup:
     Args:
         tensors: per tensor name its figures, of which ``ratio`` = ‖w·s‖/‖τ‖ is shown (None counts as infinite).
     """
-    cells: dict[tuple[str, str], float] = {}
-    for name, figures in tensors.items():
-        found = _LAYER.search(name)
-        layer, module = (found[1], found[2]) if found else ("–", name)
-        ratio = figures["ratio"]
-        cells[layer, module.removesuffix(".weight")] = float("inf") if ratio is None else ratio
-    rows = list(dict.fromkeys(layer for layer, _ in cells))
-    rows.sort(key=lambda layer: int(layer) if layer.isdigit() else -1)
-    columns = list(dict.fromkeys(module for _, module in cells))
+    ratios = {n: float("inf") if f["ratio"] is None else f["ratio"] for n, f in tensors.items()}
+    rows, columns, values = layer_grid(ratios)
     return heatmap(
         rows,
         columns,
-        [[cells.get((row, column)) for column in columns] for row in rows],
+        values,
         title="Where the graft went",
         unit="‖w·s‖ / ‖τ‖",
         note="What the merge added to each weight, as a multiple of what fine-tuning had changed in it.",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from markupsafe import Markup
-
 from .html import heatmap, page, render
 
 Grid = tuple[Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]
