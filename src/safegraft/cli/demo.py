@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import typer
+
+# Freshly allocated memory is slow under glibc's defaults: training drifts to a tenth of its speed unless freed memory
+# stays in the process. The settings are read at start-up only.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "100000000000",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 def command(
@@ -15,7 +25,11 @@ def command(
     seed: int = typer.Option(0, help="Seed of everything random."),
     force: bool = typer.Option(False, "--force", help="Start again instead of resuming."),
 ) -> None:
-    """Wear a real model's refusals away with harmless fine-tuning, put them back, and measure it."""
+    """Wear a real model's refusals away, put them back, and measure it; exit status 1 if it did not work."""
+    if sys.platform == "linux" and not _ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, "-m", "safegraft", *sys.argv[1:]], {**_ALLOCATOR, **os.environ})
     from ..demo import run_demo
 
-    run_demo(out, model=model, seed=seed, force=force)
+    results = run_demo(out, model=model, seed=seed, force=force)
+    if not all(results["checks"].values()):
+        raise typer.Exit(1)

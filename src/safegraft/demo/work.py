@@ -44,7 +44,9 @@ def load(folder: Path) -> tuple[Any, Any]:
         CheckpointError: transformers cannot load it, or it has no chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
