@@ -64,8 +64,8 @@ class Settings:
     surrogate: Training = Training(epochs=1, lr=3e-4)
     instructions: int = 90
     task_rows: int = 160
-    strengths: tuple[float, ...] = (0.1, 0.3, 0.6, 1.0, 1.5)
-    select: Limits = Limits(complies=0.2, refuses=0.10, task=0.03)
+    strengths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 1.0)
+    select: Limits = Limits(complies=0.25, refuses=0.10, task=0.03)
     report: Limits = Limits(complies=1 / 3, refuses=0.15, task=0.03)
     answer_tokens: int = 16
     task_tokens: int = 32
@@ -97,21 +97,20 @@ class DemoData:
 
 
 def starter_data(settings: Settings, seed: int) -> DemoData:
-    """The starter sets, with ``settings.instructions`` everyday instructions drawn by ``seed``; the look-alikes count
-    twice in the alignment, since telling them from harmful requests is what is hard to learn."""
+    """The starter sets, with ``settings.instructions`` everyday instructions drawn by ``seed``."""
     everyday = random.Random(seed).sample(instructions(), settings.instructions)
     answered: list[Row] = [*lookalikes("align"), *everyday]
     harmless = [Pair(row.prompt, row.answer) for row in answered]
     similar = harmless[: len(lookalikes("align"))]
     return DemoData(
         harmful("align"),
-        [*harmless, *similar],
+        harmless,
         harmful("align", "distil"),
         task("train")[: settings.task_rows],
         Phrases(REFUSALS, OPENINGS),
         Prompts(harmful("select"), lookalikes("select"), task("select")),
         Prompts(harmful("report"), lookalikes("report"), task("report")),
-        [*similar[:40], *harmless[-30:]],
+        [*similar[::2], *harmless[-30:]],
     )
 
 
