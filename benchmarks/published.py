@@ -2,24 +2,19 @@
 
     python benchmarks/published.py FINE_TUNE BASE ALIGNED UNALIGNED OUT [all|changed]
 
-As the text says, every 2-D tensor is decomposed; with ``changed``, only those the safety vector changes, which is the
+The models are loaded and saved with transformers, and as the text says, every 2-D tensor is decomposed; with ``changed``, only those the safety vector changes, which is the
 least that a plain program could do and still be right. It is what `benchmarks/merge.py` measures Safegraft against.
 EnchTable, arXiv:2511.09880.
 """
 
-import shutil
 import sys
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load(folder: str) -> dict[str, torch.Tensor]:
-    model: dict[str, torch.Tensor] = {}
-    for shard in sorted(Path(folder).glob("*.safetensors")):
-        model.update(load_file(shard))
-    return {name: tensor.float() for name, tensor in model.items()}
+def load(folder: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def interference(task: torch.Tensor, safety: torch.Tensor, keep: float = 0.5, c: float = 200.0) -> float:
@@ -34,21 +29,19 @@ def interference(task: torch.Tensor, safety: torch.Tensor, keep: float = 0.5, c:
 
 
 def main(fine: str, base: str, aligned: str, unaligned: str, out: str, which: str = "all") -> None:
-    w_t, w_b, w_s, w_h = load(fine), load(base), load(aligned), load(unaligned)
+    models = [load(folder) for folder in (fine, base, aligned, unaligned)]
+    w_t, w_b, w_s, w_h = ({n: p.detach() for n, p in model.named_parameters()} for model in models)
     task = {n: w_t[n] - w_b[n] for n in w_t}
     delta = {n: w_s[n] - w_h[n] for n in w_t}
     norm = lambda d: torch.sqrt(sum((t.double() ** 2).sum() for t in d.values()))  # noqa: E731
     alpha = float(0.1 * norm(task) / norm(delta))
-    merged = {}
     for n in w_t:
         s = alpha * delta[n]
         weight = 1.0
         if s.dim() == 2 and (which == "all" or bool(s.any())):
             weight = torch.exp(torch.tensor(-interference(task[n], s))).item()
-        merged[n] = w_t[n] + weight * s
-    Path(out).mkdir(parents=True)
-    save_file(merged, Path(out) / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(Path(fine) / "config.json", out)
+        w_t[n].add_(weight * s)
+    models[0].save_pretrained(out)
 
 
 if __name__ == "__main__":

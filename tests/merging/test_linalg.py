@@ -52,7 +52,7 @@ def test_score_equals_the_published_formula(name):
     task, safety = PAIRS[name]
     expected = published_score(task, safety, 0.5, 200.0)
     assert expected > 0
-    assert fast_score(task, safety) == pytest.approx(expected, rel=1e-5)
+    assert fast_score(task, safety) == pytest.approx(expected, rel=1e-4)
 
 
 def test_stored_factors_scaled_give_the_same_score():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 
 import typer
@@ -40,10 +42,24 @@ def _root(
     pass
 
 
+def _leave() -> None:
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
-    """Run the command line; errors the user can mend end with status 2 and no traceback, an interrupt with 130."""
+    """Run the command line; errors the user can mend end with status 2 and no traceback, an interrupt with 130.
+
+    The process ends without taking torch apart, which costs 0.3 s and changes nothing.
+    """
     try:
         app()
+    except SystemExit as done:
+        if done.code in (None, 0):
+            _leave()
+        raise
     except UserError as error:
         stderr.print(f"Error: {error.args[0]}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         if error.hint:
