@@ -2,8 +2,9 @@
 
     python benchmarks/published.py FINE_TUNE BASE ALIGNED UNALIGNED OUT [all|changed]
 
-The models are loaded and saved with transformers, and as the text says, every 2-D tensor is decomposed; with ``changed``, only those the safety vector changes, which is the
-least that a plain program could do and still be right. It is what `benchmarks/merge.py` measures Safegraft against.
+The models are loaded and saved with transformers, and as the text says, every 2-D tensor is decomposed; with
+``changed``, only those the safety vector changes, which is the least that a plain program could do and still be right.
+It is what `benchmarks/merge.py` measures Safegraft against.
 EnchTable, arXiv:2511.09880.
 """
 
