@@ -148,7 +148,15 @@ def test_verify_asks_transformers(family, tmp_path):
 
 def test_methods_lists_defaults_and_paper():
     text = run("methods")
-    for part in ("interference", "arXiv:2511.09880", "keep = 0.5", "sharpness = 200"):
+    for part in (
+        "interference",
+        "arXiv:2511.09880",
+        "keep = 0.5",
+        "damp = 'tensor'",
+        "strength 0.1 of ‖τ‖",
+        "ties",
+        "takes one or",
+    ):
         assert part in text
 
 

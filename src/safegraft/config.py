@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 
@@ -20,21 +20,52 @@ class Settings(BaseModel):
 
 
 class MergeConfig(Settings):
-    """One merge: ``W = W_base + method(task delta, strength · safety vector)``."""
+    """One merge: ``W = W_base + method(task deltas, strength · safety vector)``."""
 
-    model: str = Field(description="the fine-tune: a folder, a Hub id, or a LoRA adapter")
+    model: str | list[str] = Field(description="the fine-tune: a folder, a Hub id, or a LoRA adapter; several to fuse")
+    weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        None, description="one a fine-tune, for methods that fuse; 1 each if not given"
+    )
     base: str | None = Field(None, description="what it was fine-tuned from; an adapter may name its own")
-    vector: str = Field(description="the safety vector's folder")
+    vector: str | None = Field(None, description="the safety vector's folder; may be left out when fusing")
     out: str = Field(description="the folder to write")
     method: str = Field("interference", description="see `safegraft methods`")
-    strength: float = Field(0.1, ge=0, allow_inf_nan=False, description="β; the vector is scaled to β·‖τ‖/‖Δ‖")
+    strength: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="how much of the vector; the method's own default if not given"
+    )
+    match_norm: bool | None = Field(
+        None, description="take the strength as a share of ‖τ‖ (β·‖τ‖/‖Δ‖), not as a factor; the method's if not given"
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="the method's own parameters")
+    as_adapter: bool = Field(
+        False, description="write a LoRA adapter: an adapter's with the vector inside, or a fine-tune's patch alone"
+    )
+    rank: int | None = Field(
+        None, ge=1, description="most directions a weight of that adapter may have; all if not given"
+    )
     dtype: DtypeName | None = Field(None, description="dtype of the output; the fine-tune's if not given")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the arithmetic runs")
     workers: int | None = Field(None, ge=1, le=256, description="threads; the number of cores if not given")
     resume: bool = False
     force: bool = False
     strict: bool = Field(False, description="make a doubtful lineage an error")
+
+    @property
+    def models(self) -> list[str]:
+        """Every fine-tune, the first one first."""
+        return [self.model] if isinstance(self.model, str) else self.model
+
+    @model_validator(mode="after")
+    def _fits(self) -> MergeConfig:
+        if not self.models:
+            raise ValueError("model: at least one fine-tune must be given")
+        if self.weights is not None and len(self.weights) != len(self.models):
+            raise ValueError(f"weights: {len(self.weights)} given for {len(self.models)} fine-tune(s); give one each")
+        if self.rank is not None and not self.as_adapter:
+            raise ValueError(f"rank: {self.rank} is of an adapter; ask for one with as_adapter")
+        if self.as_adapter and self.resume:
+            raise ValueError("resume: an adapter is written at the end and in one go; start again without it")
+        return self
 
 
 S = TypeVar("S", bound=Settings)

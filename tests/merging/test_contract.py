@@ -10,6 +10,8 @@ from safegraft.tensors.lowrank import Delta, LowRank
 
 ALL = [method for _, method in METHODS]
 SHAPES = [(1,), (7,), (1, 1), (1, 5), (5, 1), (2, 2), (6, 4), (4, 6), (3, 4, 5)]
+KEEP_VECTORS = ("safe_lora", "lox")
+"""These are about directions of matrices and leave tensors of one dimension to the fine-tune."""
 STATS = GlobalStats(task_norm=1.0, safety_norm=1.0, alpha=1.0)
 
 pytestmark = pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
@@ -21,16 +23,19 @@ def normal(shape, seed, scale=1.0):
 
 
 def run(method, base, task, safety, name="layers.0.q_proj.weight"):
-    return merge_tensor(method, method.parameters({}), STATS, name=name, base=base, task=task, safety=safety)
+    return merge_tensor(method, method.parameters({}), STATS, name=name, base=base, tasks=[task], safety=safety)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shape_dtype_and_finite(method, shape):
     merged = run(method, normal(shape, 0), Delta(shape, full=normal(shape, 1)), Delta(shape, full=normal(shape, 2)))
-    assert merged is not None
-    assert merged.delta.shape == shape
-    assert merged.delta.dtype == torch.float32
-    assert torch.isfinite(merged.delta).all()
+    if merged is None:
+        assert method.name in KEEP_VECTORS
+        assert len(shape) == 1
+        return
+    assert merged.dense().shape == shape
+    assert merged.dense().dtype == torch.float32
+    assert torch.isfinite(merged.dense()).all()
 
 
 def test_inputs_are_not_changed(method):
@@ -57,7 +62,7 @@ def test_same_inputs_same_result_in_any_order(method):
         out = {}
         for name in names:
             base, task, safety = tensors[name]
-            out[name] = run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety), name).delta
+            out[name] = run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety), name).dense()
         return out
 
     first, second = every(tensors), every(reversed(tensors))
@@ -65,22 +70,24 @@ def test_same_inputs_same_result_in_any_order(method):
 
 
 def test_an_unchanged_tensor_still_gets_the_vector(method):
+    if method.name in ("slerp", "safe_lora"):
+        pytest.skip("slerp refuses a zero delta, safe_lora only projects the fine-tune's: test_methods.py")
     merged = run(method, normal((6, 4), 0), Delta((6, 4)), Delta((6, 4), full=normal((6, 4), 2)))
     assert merged is not None
-    assert float(merged.delta.norm()) > 0
+    assert float(merged.dense().norm()) > 0
 
 
 def test_low_rank_inputs_give_what_dense_ones_give(method):
     task, safety = (LowRank(normal((9, 2), s), normal((7, 2), s + 1)) for s in (3, 5))
     low = run(method, normal((9, 7), 0), Delta((9, 7), low=task), Delta((9, 7), low=safety))
     dense = run(method, normal((9, 7), 0), Delta((9, 7), full=task.dense()), Delta((9, 7), full=safety.dense()))
-    assert torch.allclose(low.delta, dense.delta, atol=1e-5)
+    assert torch.allclose(low.dense(), dense.dense(), atol=1e-5)
 
 
 def test_bfloat16_inputs_taken_to_float32(method):
     base, task, safety = (normal((6, 4), s).bfloat16().float() for s in (0, 1, 2))
     merged = run(method, base, Delta((6, 4), full=task), Delta((6, 4), full=safety))
-    assert torch.isfinite((base + merged.delta).bfloat16()).all()
+    assert torch.isfinite((base + merged.dense()).bfloat16()).all()
 
 
 def test_described(method):
@@ -91,7 +98,7 @@ def test_described(method):
 
 
 def test_randomness_is_per_tensor(method):
-    triple = TensorTriple("a", normal((2, 2), 0), Delta((2, 2)), Delta((2, 2)), generator(0, "a"))
+    triple = TensorTriple("a", normal((2, 2), 0), (Delta((2, 2)),), (1.0,), Delta((2, 2)), generator(0, "a"))
     assert triple.rng.initial_seed() == generator(0, "a").initial_seed()
     assert triple.rng.initial_seed() != generator(0, "b").initial_seed()
     assert triple.rng.initial_seed() != generator(1, "a").initial_seed()

@@ -194,13 +194,13 @@ class TestSettings:
         for sentence in ("- strenght: there is no such setting", "- methd: there is no such setting", "(got 'tpu')"):
             assert sentence in text
         assert sum(line.startswith("- ") for line in text.splitlines()) == len(wrong)
-        assert "Known settings: model, base, vector, out, method, strength" in text
+        assert "Known settings: model, weights, base, vector, out, method, strength" in text
         assert leftovers(tmp_path) == []
 
     def test_every_wrong_parameter_of_the_method_at_once(self, t, tmp_path):
         with pytest.raises(ConfigError) as told:
             merge(t.task, t.vector, tmp_path / "out", base=t.base, params={"keeep": 1, "sharpness": -1, "keep": 2})
-        for sentence in ("- keeep: there is no such setting", "- sharpness: ", "- keep: ", "Known settings: keep"):
+        for sentence in ("- keeep: there is no such setting", "- sharpness: ", "- keep: ", "Known settings: score"):
             assert sentence in str(told.value)
 
     def test_unknown_method(self, t, tmp_path):

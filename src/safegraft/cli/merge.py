@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import yaml
 from rich.table import Table
 
 from ..config import MergeConfig, load
+from ..errors import ConfigError
+from ..tensors import ahead
 from .console import note, progress_bar, size, stdout, warn
 
 if TYPE_CHECKING:
@@ -16,15 +19,32 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: str = typer.Option(None, help="The fine-tune: a folder, a Hub id, or a LoRA adapter."),
+    model: list[str] = typer.Option(
+        None, help="The fine-tune: a folder, a Hub id, or a LoRA adapter. Repeat it to fuse several."
+    ),
+    weight: list[float] = typer.Option(None, help="Of each --model, in their order, for methods that fuse."),
     base: str = typer.Option(None, help="What it was fine-tuned from (an adapter may name its own)."),
-    vector: str = typer.Option(None, help="The safety vector's folder."),
+    vector: str = typer.Option(None, help="The safety vector's folder; may be left out when fusing."),
     out: str = typer.Option(None, help="The folder to write."),
     method: str = typer.Option(None, help="How to merge; see `safegraft methods`. [default: interference]"),
-    strength: float = typer.Option(None, help="β: the vector is scaled to β·‖τ‖/‖Δ‖. [default: 0.1]"),
+    strength: float = typer.Option(None, help="How much of the vector. [default: the method's; interference 0.1]"),
+    match_norm: bool = typer.Option(
+        None,
+        "--match-norm/--raw",
+        help="The strength is a share of the fine-tune's norm (β·‖τ‖/‖Δ‖), or a factor. [default: the method's]",
+    ),
+    score: str = typer.Option(None, help="interference: paper, scale-free or none. [default: paper]"),
+    damp: str = typer.Option(None, help="interference: tensor, subspace or input. [default: tensor]"),
+    energy: float = typer.Option(None, help="interference: share of ‖τ‖² in the task's subspace. [default: 0.9]"),
     keep: float = typer.Option(None, help="γ: share of singular directions compared. [default: 0.5]"),
     sharpness: float = typer.Option(None, help="c: how steeply interference lowers the weight. [default: 200]"),
-    score: str = typer.Option(None, help="How interference is scored. [default: paper]"),
+    param: list[str] = typer.Option(None, help="NAME=VALUE of a method's parameter; see `safegraft methods`."),
+    as_adapter: bool = typer.Option(
+        None,
+        "--as-adapter",
+        help="Write a LoRA adapter: the adapter with the vector inside, or a full fine-tune's patch.",
+    ),
+    rank: int = typer.Option(None, min=1, help="Most directions per weight of that adapter. [default: all, exact]"),
     dtype: str = typer.Option(None, help="float32, float16 or bfloat16. [default: the fine-tune's]"),
     device: str = typer.Option(None, help="cpu or cuda. [default: cpu]"),
     workers: int = typer.Option(None, min=1, help="Threads. [default: the number of cores]"),
@@ -36,13 +56,18 @@ def command(
 ) -> None:
     """Put a safety vector into a fine-tune."""
     given: dict[str, Any] = {
-        "model": model, "base": base, "vector": vector, "out": out, "method": method, "strength": strength,
+        "model": (model[0] if len(model) == 1 else model) if model else None, "weights": weight or None,
+        "base": base, "vector": vector, "out": out, "method": method, "strength": strength, "match_norm": match_norm,
+        "as_adapter": as_adapter, "rank": rank,
         "dtype": dtype, "device": device, "workers": workers, "resume": resume, "force": force, "strict": strict,
     }  # fmt: skip
     settings = load(MergeConfig, config, given)
-    params = {k: v for k, v in (("keep", keep), ("sharpness", sharpness), ("score", score)) if v is not None}
+    flags = {"score": score, "damp": damp, "energy": energy, "keep": keep, "sharpness": sharpness}
+    params = {k: v for k, v in flags.items() if v is not None} | _parameters(param or [])
     settings = settings.model_copy(update={"params": {**settings.params, **params}})
 
+    if not dry_run:
+        ahead.start(f for f in (*settings.models, settings.base, settings.vector) if f is not None)
     from ..merging.run import prepare, run_merge
 
     if dry_run:
@@ -54,6 +79,17 @@ def command(
     warn(summary.warnings)
     note(summary.notes)
     _print_summary(summary)
+
+
+def _parameters(given: list[str]) -> dict[str, Any]:
+    """``["density=0.5"]`` as ``{"density": 0.5}``; values are read as YAML scalars."""
+    found = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"--param {text!r} is not NAME=VALUE", "Write for example --param density=0.5.")
+        found[name.strip()] = yaml.safe_load(value)
+    return found
 
 
 def _print_plan(ready: Prepared) -> None:
@@ -73,11 +109,23 @@ def _print_plan(ready: Prepared) -> None:
 def _print_summary(summary: MergeSummary) -> None:
     weight = "" if summary.mean_weight is None else f", mean weight w {summary.mean_weight:.3f}"
     ratios = sorted(f["ratio"] for f in summary.tensors.values()) or [0.0]
+    how = "of ‖τ‖" if summary.match_norm else "raw"
     stdout.print(
         f"{summary.merged} tensors merged by {summary.method}, {summary.copied} kept as they were.\n"
-        f"Strength β {summary.strength:g}: ‖τ‖ {summary.task_norm:.4g}, ‖Δ‖ {summary.safety_norm:.4g}, "
-        f"scale α {summary.alpha:.4g}{weight}; per tensor ‖w·s‖/‖τ‖ {ratios[0]:.3g} to {ratios[-1]:.3g}.\n"
+        f"Strength {summary.strength:g} {how}: ‖τ‖ {summary.task_norm:.4g}, ‖Δ‖ {summary.safety_norm:.4g}, "
+        f"scale α {summary.alpha:.4g}{weight}; per tensor ‖s‖/‖τ‖ after damping {ratios[0]:.3g} to {ratios[-1]:.3g}.\n"
         f"{size(summary.bytes)} in {summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}.",
         highlight=False,
     )
+    lost = sorted(f["truncation"] for f in summary.tensors.values() if "truncation" in f)
+    if lost:
+        stdout.print(
+            f"Lost by truncating to the rank, of each update's norm: median {lost[len(lost) // 2]:.3g}, "
+            f"most {lost[-1]:.3g}.",
+            highlight=False,
+        )
+        stdout.print(
+            f"Wrote the adapter {summary.out}; load it with peft on its base.", highlight=False, soft_wrap=True
+        )
+        return
     stdout.print(f"Wrote {summary.out}. Check it: safegraft verify {summary.out}", highlight=False, soft_wrap=True)

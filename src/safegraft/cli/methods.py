@@ -14,5 +14,8 @@ def command() -> None:
     for name, method in METHODS:
         stdout.print(f"{name}  ({method.paper})", style="bold", highlight=False)
         stdout.print(f"  {method.summary}", highlight=False)
+        how = "of ‖τ‖ (--match-norm)" if method.match_norm else "as it is (--raw)"
+        takes = "one or several fine-tunes, with or without a vector" if method.fuses else "one fine-tune and a vector"
+        stdout.print(f"  takes {takes}; strength {method.strength:g} {how}", highlight=False)
         for key, info in method.params.model_fields.items():
             stdout.print(f"  {key} = {info.default!r}: {info.description}", highlight=False, markup=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,14 @@ from .. import merge, subtract
 from ..errors import CheckpointError
 from ..evaluate.records import write_records
 from ..manifest import digest_of
-from ..merging import methods as _methods
-from ..merging.execute import merge_tensor
-from ..merging.method import METHODS, GlobalStats
-from ..merging.run import scale
-from ..merging.survey import survey
-from ..tensors.finetune import FineTune
+from ..merging.live import graft
 from ..tensors.scopes import Scope, in_scope
-from ..tensors.source import Workspace
-from ..tensors.vector import SafetyVector
 from ..train.data import Pair
 from ..train.finetune import EVERYTHING, finetune
 from .measure import Progress, Scores, measure
 from .settings import DemoData, Prompts, Settings, Training, with_answers
 from .stages import private_folder, whole_folder, write_whole
 
-_ = _methods
 SCOPE: Scope = "attention"
 
 
@@ -140,38 +131,6 @@ def _fit(
     }
 
 
-@contextmanager
-def _grafted(model: Any, tuned: Path, base: Path, vector: Path) -> Iterator[Callable[[float], float]]:
-    """Yields ``apply(strength)``: puts the vector into the loaded fine-tune, in memory, and returns the mean w."""
-    opened = SafetyVector(vector)
-    fine = FineTune.open(tuned, base, opened)
-    found = survey(fine, opened, torch.get_num_threads())
-    method = METHODS.get("interference")
-    parameters = dict(model.named_parameters())
-    missing = [name for name in opened.names() if name not in parameters]
-    if missing:
-        raise CheckpointError(
-            f"the loaded model has no parameter {missing[0]}: its checkpoint names its weights otherwise"
-        )
-
-    @torch.no_grad()
-    def apply(strength: float) -> float:
-        stats = GlobalStats(found.task_norm, found.safety_norm, scale(strength, found))
-        workspace, weights = Workspace(), []
-        for name in opened.names():
-            base_weight, task = fine.read(name, workspace)
-            safety = fine.safety(name, opened, workspace).scaled(stats.alpha)
-            merged = merge_tensor(
-                method, method.parameters({}), stats, name=name, base=base_weight, task=task, safety=safety
-            )
-            if merged is not None:
-                parameters[name].copy_(base_weight + merged.delta)
-                weights.append(merged.figures.get("weight", 1.0))
-        return sum(weights) / len(weights) if weights else 1.0
-
-    yield apply
-
-
 def choose_strength(
     tuned: Path, base: Path, vector: Path, prompts: Prompts, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
@@ -184,9 +143,10 @@ def choose_strength(
     start, _ = measure(model, tokenizer, "β = 0", prompts, settings, progress)
     tried: list[tuple[float, Scores]] = []
     rows = [{"strength": 0.0, "weight": None, "scores": start.to_json(), "meets": False}]
-    with _grafted(model, tuned, base, vector) as apply:
+    with graft(model, tuned, base, vector) as live:
         for strength in settings.strengths:
-            weight = apply(strength)
+            weights = [figures["weight"] for figures in live.apply(strength).values()]
+            weight = sum(weights) / len(weights) if weights else 1.0
             scores, _ = measure(model, tokenizer, f"β = {strength:g}", prompts, settings, progress)
             tried.append((strength, scores))
             met = scores.meets(settings.select, start)

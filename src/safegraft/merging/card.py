@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 def model_card(fine: FineTune, method: Method, summary: MergeSummary) -> str:
     """Markdown with the Hub's front matter: what was merged, how strongly, and what was not checked."""
+    tuned = [fine.label, *(other.label for other in fine.others)]
     weight = "" if summary.mean_weight is None else f"; mean weight w {summary.mean_weight:.3f}"
-    parents = "\n".join(f"- {name}" for name in dict.fromkeys([_plain(fine.label), _plain(fine.base.label)]))
+    parents = "\n".join(f"- {name}" for name in dict.fromkeys(_plain(n) for n in (*tuned, fine.base.label)))
     warnings = "".join(f"\n> {text}\n" for text in summary.warnings)
+    if summary.safety_norm:
+        made, how = "with its safety put back", "weights were merged with a safety vector"
+    else:
+        made, how = "fused", "several fine-tunes were merged, without a safety vector"
     return f"""---
 base_model:
 {parents}
@@ -26,16 +31,16 @@ tags:
 - merge
 - safety
 ---
-# {_plain(fine.label)}, with its safety put back
+# {_plain(fine.label)}, {made}
 
-Made with Safegraft: a safety vector was added to the fine-tune's weights, without training.
+Made with Safegraft: {how}, without training.
 
 | | |
 |---|---|
-| fine-tune | `{_plain(fine.label)}` |
+| fine-tune | {", ".join(f"`{_plain(n)}`" for n in tuned)} |
 | fine-tuned from | `{_plain(fine.base.label)}` |
 | method | {method.name} ({method.paper}) |
-| strength β | {summary.strength:g} (scale α {summary.alpha:.4g}{weight}) |
+| strength | {summary.strength:g} {"of ‖τ‖" if summary.match_norm else "raw"} (scale α {summary.alpha:.4g}{weight}) |
 | tensors merged / kept as they were | {summary.merged} / {summary.copied} |
 {warnings}
 `manifest.json` holds every setting, the digests of all inputs and of this model, and the figures of every tensor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,39 +69,37 @@ def merge_tensor(
     *,
     name: str,
     base: Tensor,
-    task: Delta,
+    tasks: Sequence[Delta],
     safety: Delta,
+    weights: Sequence[float] = (1.0,),
     seed: int = 0,
 ) -> Merged | None:
     """Apply a method to one tensor; a stack of matrices [e, m, n] goes slice by slice.
 
-    Figures of a stack are the mean over its slices. None where every slice keeps the fine-tune.
+    Figures of a stack are the mean over its slices. None where the fine-tune is kept: where the only one there is
+    meets a zero vector, and where the method says so for every slice.
     """
+    if safety.is_zero and len(tasks) == 1 and weights[0] == 1.0:
+        return None
+
+    def call(label: str, base: Tensor, deltas: Sequence[Delta]) -> Merged | None:
+        rng = generator(seed, label, base.device)
+        triple = TensorTriple(label, base, tuple(deltas[:-1]), tuple(weights), deltas[-1], rng)
+        return method.function(triple, params, stats)
+
     if base.dim() <= 2:
-        return method.function(
-            TensorTriple(name, base, task, safety, generator(seed, name, base.device)), params, stats
-        )
+        return call(name, base, [*tasks, safety])
     shape = base.shape
-    flat = [d if len(shape) == 3 else _stack(d) for d in (task, safety)]
+    flat = [d if len(shape) == 3 else _stack(d) for d in (*tasks, safety)]
     base = base.reshape(-1, *shape[-2:])
     if min(shape[-2:]) < 2:
-        flat = [
-            Delta((d.full.numel(),), full=d.full.reshape(-1), scale=d.scale)
-            if d.full is not None
-            else Delta((base.numel(),))
-            for d in flat
-        ]
-        whole = method.function(
-            TensorTriple(name, base.reshape(-1), flat[0], flat[1], generator(seed, name, base.device)), params, stats
-        )
-        return None if whole is None else Merged(whole.delta.reshape(shape), whole.figures)
-    parts = []
-    for i, (t, s) in enumerate(zip(flat[0].slices(), flat[1].slices(), strict=True)):
-        rng = generator(seed, f"{name}[{i}]", base.device)
-        parts.append(method.function(TensorTriple(f"{name}[{i}]", base[i], t, s, rng), params, stats))
+        whole = call(name, base.reshape(-1), [_flattened(d, base.numel()) for d in flat])
+        return None if whole is None else Merged(whole.dense().reshape(shape), whole.figures)
+    sliced = list(zip(*(d.slices() for d in flat), strict=True))
+    parts = [call(f"{name}[{i}]", base[i], deltas) for i, deltas in enumerate(sliced)]
     if all(p is None for p in parts):
         return None
-    stacked = torch.stack([p.delta if p else t.dense() for p, t in zip(parts, flat[0].slices(), strict=True)])
+    stacked = torch.stack([p.dense() if p else deltas[0].dense() for p, deltas in zip(parts, sliced, strict=True)])
     told = [p.figures for p in parts if p]
     means = {key: sum(f[key] for f in told) / len(told) for key in told[0]}
     return Merged(stacked.reshape(shape), means)
@@ -113,32 +112,40 @@ def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch
 
 
 def _stack(delta: Delta) -> Delta:
-    shape = (-1, *delta.shape[-2:])
-    return (
-        delta
-        if delta.full is None
-        else Delta(delta.full.reshape(shape).shape, full=delta.full.reshape(shape), scale=delta.scale)
-    )
+    if delta.full is None:
+        return delta
+    full = delta.full.reshape(-1, *delta.shape[-2:])
+    return Delta(tuple(full.shape), full=full, scale=delta.scale)
+
+
+def _flattened(delta: Delta, numel: int) -> Delta:
+    if delta.full is None:
+        return Delta((numel,))
+    return Delta((numel,), full=delta.full.reshape(-1), scale=delta.scale)
 
 
 def _compute(unit: Unit, todo: list[str], run: Run, workspace: Workspace) -> None:
     fine, name = run.fine, unit.name
-    base, task = fine.read(name, workspace)
-    safety = Delta(task.shape)
-    if unit.action == "merge" and run.vector is not None:
+    base, tasks = fine.read(name, workspace)
+    safety = Delta(tuple(base.shape))
+    if run.vector is not None and name in fine.pairing.deltas:
         safety = fine.safety(name, run.vector, workspace).scaled(run.stats.alpha)
     if run.device != "cpu":
-        base, task, safety = base.to(run.device), task.to(run.device), safety.to(run.device)
-    merged = merge_tensor(
-        run.method, run.params, run.stats, name=name, base=base, task=task, safety=safety, seed=run.seed
-    )
+        base, safety = base.to(run.device), safety.to(run.device)
+        tasks = [task.to(run.device) for task in tasks]
+    merged = None
+    if unit.action == "merge":
+        merged = merge_tensor(
+            run.method, run.params, run.stats, name=name, base=base, tasks=tasks, safety=safety,
+            weights=fine.weights, seed=run.seed,
+        )  # fmt: skip
     if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
         for target in todo:
             shard, entry = fine.layout.entry(target)
             run.folder.copy(target, shard.fd, entry.offset)
             run.folder.done(target, run.survey.tensors[name].model_sha256)
         return
-    result = base + (merged.delta if merged else task.dense())
+    result = base + (merged.dense() if merged else tasks[0].dense())
     out = workspace.take("out", unit.spec.shape, unit.spec.dtype)
     rows = result.shape[0] if result.dim() else None
     if rows is not None and rows < unit.spec.shape[0]:

@@ -97,9 +97,9 @@ def _view(
 ) -> TensorView:
     method = METHODS.get("interference")
     params = method.parameters({})
-    base, task = fine.read(name, workspace)
+    base, (task,) = fine.read(name, workspace)
     safety = fine.safety(name, vector, workspace).scaled(stats.alpha)
-    merged = merge_tensor(method, params, stats, name=name, base=base, task=task, safety=safety)
+    merged = merge_tensor(method, params, stats, name=name, base=base, tasks=[task], safety=safety)
     figures = merged.figures if merged else {"interference": 0.0, "weight": 1.0}
     shared = None
     if len(task.shape) == 2 and not task.is_zero:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import Settings, validated
 from ..registry import Registry
-from ..tensors.lowrank import Delta
+from ..tensors.lowrank import Delta, LowRank
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,22 @@ class TensorTriple:
 
     Attributes:
         name: the tensor's name in the fine-tune.
-        base: W_b. task: τ = W_t − W_b. safety: s = αΔ, scaled by the engine according to the strength.
+        base: W_b. tasks: τᵢ = Wᵢ − W_b of every fine-tune, at least one. weights: one for each of them, > 0.
+        safety: s = αΔ, scaled by the engine according to the strength.
         rng: seeded from (run seed, tensor name), so that order, workers and resuming change nothing.
     """
 
     name: str
     base: Tensor
-    task: Delta
+    tasks: tuple[Delta, ...]
+    weights: tuple[float, ...]
     safety: Delta
     rng: torch.Generator
+
+    @property
+    def task(self) -> Delta:
+        """τ, for methods that take one fine-tune (the engine gives them no more, at weight 1)."""
+        return self.tasks[0]
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,14 @@ class GlobalStats:
 
 
 class Merged(NamedTuple):
-    """A method's answer: the merged delta (the output is ``base + delta``) and figures worth reporting."""
+    """A method's answer: the merged delta (the output is ``base + delta``), as factors where it is the sum of two
+    low-rank deltas, and figures worth reporting."""
 
-    delta: Tensor
+    delta: Tensor | LowRank
     figures: dict[str, float]
+
+    def dense(self) -> Tensor:
+        return self.delta if isinstance(self.delta, Tensor) else self.delta.dense()
 
 
 MethodFunction = Callable[[TensorTriple, Any, GlobalStats], Merged | None]
@@ -53,13 +64,22 @@ MethodFunction = Callable[[TensorTriple, Any, GlobalStats], Merged | None]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. ``None`` from ``function`` keeps the fine-tuned tensor as it is, bit for bit."""
+    """A registered method. ``None`` from ``function`` keeps the fine-tuned tensor as it is, bit for bit.
+
+    Attributes:
+        strength: used where the user gives none. match_norm: whether it is a share of ‖τ‖ (s = β·‖τ‖/‖Δ‖·Δ) or a
+            factor (s = βΔ), where the user does not say. fuses: whether it takes several fine-tunes, and then also
+            none but them, without a vector.
+    """
 
     name: str
     function: MethodFunction
     params: type[Settings]
     paper: str
     summary: str
+    strength: float
+    match_norm: bool
+    fuses: bool
 
     def parameters(self, given: dict[str, Any]) -> Settings:
         """The method's parameters with defaults filled in. Raises ConfigError naming every wrong one."""
@@ -69,12 +89,14 @@ class Method:
 METHODS: Registry[Method] = Registry("method")
 
 
-def merge_method(name: str, *, params: type[Settings], paper: str) -> Callable[[MethodFunction], MethodFunction]:
-    """Register a function as a merge method. Its docstring's first line describes it in `safegraft methods`."""
+def merge_method(
+    name: str, *, params: type[Settings], paper: str, strength: float, match_norm: bool = True, fuses: bool = False
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Register a function as a merge method; see Method. Its docstring's first line is shown by `safegraft methods`."""
 
     def register(function: MethodFunction) -> MethodFunction:
         summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-        METHODS.add(name, Method(name, function, params, paper, summary))
+        METHODS.add(name, Method(name, function, params, paper, summary, strength, match_norm, fuses))
         return function
 
     return register

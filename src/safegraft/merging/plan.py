@@ -20,7 +20,7 @@ WHY: dict[Action, str] = {
     "copy": "not in the vector: the fine-tune's bytes",
     "cast": "not in the vector: the fine-tune's values in the dtype asked for",
     "apply": "not in the vector: base plus the adapter's update",
-    "merge": "in the vector: the method decides",
+    "merge": "in the vector, or of several fine-tunes: the method decides",
 }
 PROCESS_BYTES = 420_000_000
 """Resident memory of Python with torch loaded, before any weight is read."""
@@ -28,13 +28,17 @@ PROCESS_BYTES = 420_000_000
 
 @dataclass(frozen=True)
 class Unit:
-    """One tensor of the output. ``also`` are stored copies of the same weight (a tied head) that get the same bytes."""
+    """One tensor of the output.
+
+    ``also`` are stored copies of the same weight (a tied head) that get the same bytes,
+    ``models`` how many fine-tunes are read for it."""
 
     name: str
     action: Action
     spec: TensorSpec
     shard: str
     also: tuple[str, ...] = ()
+    models: int = 1
 
     @property
     def why(self) -> str:
@@ -57,7 +61,7 @@ class Unit:
             return 0
         if self.action == "cast":
             return 3 * self.spec.numel * 4
-        return 9 * self.spec.numel * 4
+        return (8 + self.models) * self.spec.numel * 4
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,18 @@ def make_plan(fine: FineTune, vector: SafetyVector | None, dtype: torch.dtype | 
     copies: dict[str, list[str]] = {}
     for head, embedding in layout.tied.items():
         copies.setdefault(embedding, []).append(head)
-    units = []
+    units, models = [], 1 + len(fine.others)
     for name in layout.names():
         if name in layout.tied:
             continue
         action: Action = "copy"
-        if name in changed and layout.is_mergeable(name):
+        if (name in changed or fine.fuses) and layout.is_mergeable(name):
             action = "merge"
         elif fine.adapter is not None and name in fine.adapter:
             action = "apply"
         elif specs[name].dtype != layout.spec(name).dtype:
             action = "cast"
-        units.append(Unit(name, action, specs[name], layout.shard_of(name), tuple(copies.get(name, ()))))
+        units.append(Unit(name, action, specs[name], layout.shard_of(name), tuple(copies.get(name, ())), models))
     return Plan(tuple(units), tuple(layouts), tuple(fine.pairing.notes))
 
 

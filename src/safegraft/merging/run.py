@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from ..errors import ConfigError, LineageError, SafegraftError
 from ..manifest import digest_of, new_manifest, peak_memory
 from ..tensors.checkpoint import INDEX
 from ..tensors.finetune import FineTune
+from ..tensors.lowrank import Delta
+from ..tensors.source import Workspace
 from ..tensors.vector import SafetyVector
-from ..tensors.writer import OutputFolder
+from ..tensors.writer import OutputFolder, check_free
 from . import methods as _methods
+from .adapters import adapter_config, adapter_tensors, pieces, require_adaptable, write_adapter
 from .card import model_card
-from .execute import Run, execute
+from .execute import Run, execute, merge_tensor
 from .lineage import cosine, doubts, layer_ratios
-from .method import METHODS, GlobalStats, Method
+from .method import METHODS, GlobalStats, Merged, Method
 from .plan import Plan, index_of, make_plan
 from .survey import Survey, survey
 
@@ -42,7 +45,7 @@ class MergeSummary:
 
     Attributes:
         out: the finished folder. alpha: the factor the vector was scaled by. task_norm, safety_norm: ‖τ‖₂, ‖Δ‖₂.
-        tensors: per merged tensor the method's figures and ``ratio`` = ‖w·s‖/‖τ‖ (inf where τ is zero).
+        tensors: per merged tensor the method's figures and ``ratio`` = ‖s‖/‖τ‖ after damping (inf where τ is zero).
         copied, merged: numbers of tensors. bytes: size of the shards. seconds, peak_memory_bytes: what it cost.
         warnings: doubts about the inputs. notes: what was done about differing vocabularies.
     """
@@ -50,6 +53,7 @@ class MergeSummary:
     out: Path
     method: str
     strength: float
+    match_norm: bool
     alpha: float
     task_norm: float
     safety_norm: float
@@ -76,9 +80,11 @@ class Prepared:
 
     config: MergeConfig
     fine: FineTune
-    vector: SafetyVector
+    vector: SafetyVector | None
     method: Method
     params: Any
+    strength: float
+    match_norm: bool
     plan: Plan
     workers: int
 
@@ -94,53 +100,136 @@ def prepare(config: MergeConfig) -> Prepared:
     """
     method = METHODS.get(config.method)
     params = method.parameters(config.params)
+    _require_taken(config, method)
     if config.device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device {config.device!r}: torch sees no CUDA device here", "Use --device cpu.")
-    vector = SafetyVector(config.vector)
-    fine = FineTune.open(config.model, config.base, vector)
+    vector = None if config.vector is None else SafetyVector(config.vector)
+    fine = FineTune.open(config.models, config.base, vector, config.weights)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     workers = config.workers or os.cpu_count() or 1
-    return Prepared(config, fine, vector, method, params, make_plan(fine, vector, dtype), workers)
+    strength = method.strength if config.strength is None else config.strength
+    match_norm = method.match_norm if config.match_norm is None else config.match_norm
+    return Prepared(config, fine, vector, method, params, strength, match_norm, make_plan(fine, vector, dtype), workers)
 
 
-def scale(strength: float, found: Survey) -> float:
-    """``α = β · ‖τ‖₂ / ‖Δ‖₂`` (EnchTable eq. for the coarse scale); 0 for a zero vector."""
-    return strength * found.task_norm / found.safety_norm if found.safety_norm else 0.0
+def _require_taken(config: MergeConfig, method: Method) -> None:
+    """Raise ConfigError for inputs that ``method`` cannot use."""
+    fusing = ", ".join(name for name, known in METHODS if known.fuses)
+    if not method.fuses and (len(config.models) > 1 or config.weights not in (None, [1.0])):
+        raise ConfigError(
+            f"{method.name} takes one fine-tune at weight 1, not {len(config.models)} with weights {config.weights}",
+            f"Methods that fuse several: {fusing}.",
+        )
+    if config.vector is None and not (method.fuses and len(config.models) > 1):
+        raise ConfigError(
+            "the vector is missing",
+            f"Name it with --vector. Only several fine-tunes can be merged without one, by {fusing}.",
+        )
+
+
+def scale(strength: float, found: Survey, *, match_norm: bool = True) -> float:
+    """α of s = αΔ: ``strength · ‖τ‖₂ / ‖Δ‖₂`` (EnchTable's coarse scale), or ``strength``; 0 for a zero vector."""
+    if not found.safety_norm:
+        return 0.0
+    return strength * found.task_norm / found.safety_norm if match_norm else strength
 
 
 def run_merge(config: MergeConfig, given: list[str], progress: Report | None = None) -> MergeSummary:
     """Merge and write the output. Raises whatever ``prepare`` raises, NumericError, OutputError, LineageError."""
     started = time.time()
     ready = prepare(config)
+    if config.as_adapter:
+        return _run_as_adapter(ready, given, progress, started)
     plan, fine, vector = ready.plan, ready.fine, ready.vector
     identity = digest_of(
         {
             "config": config.model_dump(exclude={"out", "workers", "resume", "force", "strict"}),
             "inputs": fine.fingerprints(),
-            "vector": vector.manifest.get("outputs", {}).get("tensors"),
+            "vector": vector.manifest.get("outputs", {}).get("tensors") if vector else None,
         }
     )
     folder = OutputFolder(Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume)
     with folder:
         found = _surveyed(ready, folder, progress)
-        warnings = doubts(found)
-        if warnings and config.strict:
-            raise LineageError("\n".join(warnings), "Give the right --base, or leave out --strict to go on anyway.")
-        stats = GlobalStats(found.task_norm, found.safety_norm, scale(config.strength, found))
+        warnings = _doubts(ready, found)
+        stats = _stats(ready, found)
         run = Run(fine, vector, ready.method, ready.params, found, stats, folder, config.device, seed=0)
         figures = execute(plan, run, ready.workers, _counter(progress, "merge", plan.output_bytes))
-        for name, values in figures.items():
-            _add_ratio(values, name, found, stats)
         merged = sum(u.action == "merge" for u in plan.units)
-        summary = MergeSummary(
-            out=Path(config.out), method=config.method, strength=config.strength, alpha=stats.alpha,
-            task_norm=stats.task_norm, safety_norm=stats.safety_norm, cosine=cosine(found), tensors=figures,
-            copied=len(plan.units) - merged, merged=merged, bytes=plan.output_bytes,
-            seconds=time.time() - started, peak_memory_bytes=peak_memory(), warnings=warnings,
-            notes=list(plan.notes),
-        )  # fmt: skip
+        summary = _summary(ready, found, stats, figures, merged, plan.output_bytes, warnings, started)
         _finish(ready, folder, found, summary, given, started)
     return summary
+
+
+def _run_as_adapter(ready: Prepared, given: list[str], progress: Report | None, started: float) -> MergeSummary:
+    config, fine, vector = ready.config, ready.fine, ready.vector
+    assert vector is not None
+    out, names = Path(config.out), list(fine.pairing.deltas)
+    require_adaptable(fine, names, config.rank, low_rank=vector.rank is not None)
+    check_free(out, force=config.force)
+    total = sum(fine.layout.spec(n).nbytes for n in fine.layout.names())
+    found = survey(fine, vector, ready.workers, _counter(progress, "survey", total))
+    warnings, stats = _doubts(ready, found), _stats(ready, found)
+    count = _counter(progress, "merge", sum(fine.layout.spec(n).nbytes for n in names))
+
+    def merged(name: str, workspace: Workspace) -> tuple[Delta, Merged | None]:
+        base, (task,) = fine.read(name, workspace)
+        if name not in fine.pairing.deltas:
+            return task, None
+        safety = fine.safety(name, vector, workspace).scaled(stats.alpha)
+        answer = merge_tensor(ready.method, ready.params, stats, name=name, base=base, tasks=[task], safety=safety)
+        if count:
+            count(name, fine.layout.spec(name).nbytes)
+        return task, answer
+
+    own = None if vector.rank is None else 2 * vector.rank
+    parts = pieces(fine, names, merged, config.rank, own, ready.workers)
+    if not parts:
+        raise ConfigError("the adapter would change nothing", "Give a larger --strength or another vector.")
+    figures = {p.name: dict(p.figures) for p in parts}
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    tensors = adapter_tensors(fine, parts, dtype)
+    nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    summary = _summary(ready, found, stats, figures, len(parts), nbytes, warnings, started)
+    write_adapter(
+        out, tensors, adapter_config(fine, parts), _manifest(ready, found, summary, given, started),
+        texts={"README.md": model_card(fine, ready.method, summary)},
+        sidecars=_adapter_sidecars(fine), force=config.force,
+    )  # fmt: skip
+    return summary
+
+
+def _doubts(ready: Prepared, found: Survey) -> list[str]:
+    warnings = doubts(found)
+    if warnings and ready.config.strict:
+        raise LineageError("\n".join(warnings), "Give the right --base, or leave out --strict to go on anyway.")
+    return warnings
+
+
+def _stats(ready: Prepared, found: Survey) -> GlobalStats:
+    alpha = scale(ready.strength, found, match_norm=ready.match_norm)
+    return GlobalStats(found.task_norm, found.safety_norm, alpha)
+
+
+def _summary(
+    ready: Prepared,
+    found: Survey,
+    stats: GlobalStats,
+    figures: dict[str, dict[str, float]],
+    merged: int,
+    nbytes: int,
+    warnings: list[str],
+    started: float,
+) -> MergeSummary:
+    for name, values in figures.items():
+        _add_ratio(values, name, found, stats)
+    return MergeSummary(
+        out=Path(ready.config.out), method=ready.config.method, strength=ready.strength, match_norm=ready.match_norm,
+        alpha=stats.alpha, task_norm=stats.task_norm, safety_norm=stats.safety_norm, cosine=cosine(found),
+        tensors=figures, copied=0 if ready.config.as_adapter else len(ready.plan.units) - merged, merged=merged,
+        bytes=nbytes, seconds=time.time() - started, peak_memory_bytes=peak_memory(), warnings=warnings,
+        notes=list(ready.plan.notes),
+    )  # fmt: skip
 
 
 def _surveyed(ready: Prepared, folder: OutputFolder, progress: Report | None) -> Survey:
@@ -156,30 +245,31 @@ def _surveyed(ready: Prepared, folder: OutputFolder, progress: Report | None) ->
 def _add_ratio(values: dict[str, float], name: str, found: Survey, stats: GlobalStats) -> None:
     tensor = found.tensors[name]
     safety, task = math.sqrt(tensor.safety_sq) * stats.alpha, math.sqrt(tensor.task_sq)
-    added = safety * values.get("weight", 1.0)
+    added = safety * values.get("kept", 1.0)
     values["ratio"] = added / task if task else math.inf if added else 0.0
 
 
-def _finish(
-    ready: Prepared, folder: OutputFolder, found: Survey, summary: MergeSummary, given: list[str], started: float
-) -> None:
+def _manifest(
+    ready: Prepared, found: Survey, summary: MergeSummary, given: list[str], started: float
+) -> dict[str, Any]:
     config, fine = ready.config, ready.fine
     digests = found.digests()
     manifest = new_manifest(
         KIND,
-        config=config.model_dump(exclude={"resume", "force"}) | {"params": ready.params.model_dump()},
+        config=config.model_dump(exclude={"resume", "force"})
+        | {
+            "params": ready.params.model_dump(),
+            "strength": ready.strength,
+            "match_norm": ready.match_norm,
+        },
         given=given,
         seed=0,
         started=started,
         inputs={
             "model": {"name": fine.label, "sha256": digests["model"], "adapter": fine.adapter is not None},
+            **_further(fine, found),
             "base": {"name": fine.base.label, "sha256": digests["base"]},
-            "vector": {
-                "name": ready.vector.label,
-                "sha256": digest_of(ready.vector.manifest["outputs"]["tensors"]),
-                "inputs": ready.vector.manifest["inputs"],
-                "config": ready.vector.manifest["config"],
-            },
+            **_vector_input(ready.vector),
         },
     )
     manifest["result"] = {
@@ -193,16 +283,20 @@ def _finish(
         "notes": summary.notes,
         "tensors": {n: {k: v if math.isfinite(v) else None for k, v in f.items()} for n, f in summary.tensors.items()},
     }
+    return manifest
+
+
+def _finish(
+    ready: Prepared, folder: OutputFolder, found: Survey, summary: MergeSummary, given: list[str], started: float
+) -> None:
+    config, fine = ready.config, ready.fine
     layout = fine.layout
     index = None
     if layout.index is not None or len(ready.plan.layouts) > 1:
         index = index_of(ready.plan.layouts, dict((layout.index or {}).get("metadata") or {}))
     sidecars = [(layout.path / p, str(p)) for p in layout.sidecars()]
     if fine.adapter:
-        own = {p.name for p in fine.adapter.path.iterdir() if p.is_file()}
-        extra = sorted(
-            n for n in own if n.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges"))
-        )
+        extra = _tokenizer_files(fine.adapter.path)
         sidecars = [(s, n) for s, n in sidecars if n not in extra] + [(fine.adapter.path / n, n) for n in extra]
     source = fine.adapter.path if fine.adapter else layout.path
     if (source / "README.md").exists():
@@ -210,7 +304,43 @@ def _finish(
     texts = {"README.md": model_card(fine, ready.method, summary)}
     if config.dtype is not None and _renamed_dtype(layout.config, config.dtype) != layout.config:
         texts["config.json"] = json.dumps(_renamed_dtype(layout.config, config.dtype), indent=2) + "\n"
+    manifest = _manifest(ready, found, summary, given, started)
     folder.finish(manifest, index=index, sidecars=sidecars, texts=texts)
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    starts = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges")
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and p.name.startswith(starts))
+
+
+def _adapter_sidecars(fine: FineTune) -> list[tuple[Path, str]]:
+    """The tokenizer beside an adapter, and the README of what was merged."""
+    source = fine.adapter.path if fine.adapter else fine.layout.path
+    found = [(source / n, n) for n in _tokenizer_files(source)] if fine.adapter else []
+    if (source / "README.md").exists():
+        found.append((source / "README.md", "README.finetune.md"))
+    return found
+
+
+def _further(fine: FineTune, found: Survey) -> dict[str, Any]:
+    """The further fine-tunes among a manifest's inputs."""
+    ordered = sorted(fine.others, key=lambda other: other.adapter is None)  # as Survey.other_sha256
+    return {
+        f"model {i}": {"name": other.label, "sha256": digest, "adapter": other.adapter is not None}
+        for i, (other, digest) in enumerate(zip(ordered, found.other_sha256, strict=True), 2)
+    }
+
+
+def _vector_input(vector: SafetyVector | None) -> dict[str, Any]:
+    if vector is None:
+        return {}
+    about = vector.manifest
+    digest = digest_of(about["outputs"]["tensors"])
+    return {
+        "vector": {
+            "name": vector.label, "sha256": digest, "inputs": about["inputs"], "config": about["config"],
+        }
+    }  # fmt: skip
 
 
 def _renamed_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -233,8 +363,8 @@ def _counter(progress: Report | None, stage: str, total: int) -> Callable[[str, 
 
 
 def merge(
-    model: str | Path,
-    vector: str | Path,
+    model: str | Path | Sequence[str | Path],
+    vector: str | Path | None,
     out: str | Path,
     *,
     base: str | Path | None = None,
@@ -244,11 +374,12 @@ def merge(
     """Put a safety vector into a fine-tune and write the result to ``out``.
 
     Args:
-        model: the fine-tune (folder or Hub id), or a LoRA adapter. base: what it was fine-tuned from; an adapter's
-            config may name it. vector: a safety vector's folder. out: the folder to write.
+        model: the fine-tune (folder or Hub id), or a LoRA adapter; several of one base for methods that fuse.
+        base: what it was fine-tuned from; an adapter's config may name it. vector: a safety vector's folder; None
+            only where several fine-tunes are fused. out: the folder to write.
         progress: called with (stage, bytes done, bytes in all).
-        **settings: the other fields of safegraft.config.MergeConfig: method, strength (β ≥ 0, default 0.1), params,
-            dtype, device, workers, resume, force, strict.
+        **settings: the other fields of safegraft.config.MergeConfig: method, strength (≥ 0), match_norm, weights,
+            params, dtype, device, workers, resume, force, strict.
 
     Returns:
         MergeSummary.
@@ -262,7 +393,10 @@ def merge(
     """
     from ..config import load
 
-    given = {"model": str(model), "vector": str(vector), "out": str(out), **settings}
+    models = str(model) if isinstance(model, str | Path) else [str(m) for m in model]
+    given: dict[str, Any] = {"model": models, "out": str(out), **settings}
+    if vector is not None:
+        given["vector"] = str(vector)
     if base is not None:
         given["base"] = str(base)
     return run_merge(load(MergeConfig, None, given), sorted(given), progress)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from ..errors import NumericError
 from ..manifest import digest_of
+from ..tensors import ahead
+from ..tensors.checkpoint import Checkpoint
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta, sum_of_squares
 from ..tensors.source import Workspace, as_bytes
@@ -30,7 +32,8 @@ B = TypeVar("B")
 class TensorStats:
     """Of one tensor, over common rows: ‖W_b‖², ‖τ‖², ‖Δ‖², ⟨τ, Δ⟩, and the SHA-256 of the inputs' bytes.
 
-    ``model_sha256`` is that of the layout's tensor (the fine-tune's, or an adapter's base's).
+    Of several fine-tunes τ is the weighted sum of their deltas. ``model_sha256`` is that of the layout's tensor (the
+    fine-tune's, or an adapter's base's), ``other_sha256`` those of further checkpoints'.
     """
 
     base_sq: float
@@ -39,6 +42,7 @@ class TensorStats:
     dot: float
     model_sha256: str
     base_sha256: str
+    other_sha256: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Survey:
 
     tensors: dict[str, TensorStats]
     adapter_sha256: str | None = None
+    other_sha256: list[str] = field(default_factory=list)
+    """Of the further fine-tunes: adapters first, then checkpoints."""
 
     @property
     def task_norm(self) -> float:
@@ -67,11 +73,11 @@ class Survey:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        return {"tensors": {n: asdict(t) for n, t in self.tensors.items()}, "adapter_sha256": self.adapter_sha256}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Survey:
-        return cls({n: TensorStats(**t) for n, t in data["tensors"].items()}, data["adapter_sha256"])
+        return cls(**data | {"tensors": {n: TensorStats(**t) for n, t in data["tensors"].items()}})
 
 
 def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: Progress | None = None) -> Survey:
@@ -81,12 +87,13 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
         NumericError: an input holds NaN or Inf; the message names the tensor and the input. CheckpointError: the
         vector's bytes are not those its manifest was written for.
     """
+    ahead.stop()
     layout = fine.layout
     names = [n for n in layout.names() if n not in layout.tied]
     names.sort(key=lambda n: -layout.spec(n).nbytes)
 
     def one(name: str, workspace: Workspace) -> tuple[str, TensorStats]:
-        whole = name in fine.pairing.deltas or fine.adapter is not None
+        whole = name in fine.pairing.deltas or fine.adapter is not None or fine.fuses
         stats = _whole(fine, vector, name, workspace) if whole and layout.is_mergeable(name) else None
         stats = stats or _streamed(fine, name, workspace)
         if progress:
@@ -95,7 +102,10 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
 
     found = dict(parallel(one, names, workers))
     adapter = sha256(fine.adapter.raw_bytes()) if fine.adapter else None
-    return Survey({n: found[n] for n in layout.names() if n in found}, adapter)
+    others = [sha256(o.adapter.raw_bytes()) for o in fine.others if o.adapter]
+    columns = zip(*(found[n].other_sha256 for n in sorted(found) if found[n].other_sha256), strict=True)
+    others += [digest_of(column) for column in columns]
+    return Survey({n: found[n] for n in layout.names() if n in found}, adapter, others)
 
 
 def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
@@ -104,6 +114,7 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
     rows, shape = fine.rows(name), fine.base.spec(other).shape
     shared = math.prod((rows, *shape[1:])) if rows is not None else math.prod(shape)
     same = fine.base is fine.layout and other == name
+    digests = [_ahead(fine.layout, name), _ahead(fine.base, other)]
     hashes = hashlib.sha256(), hashlib.sha256()
     sums = [0.0, 0.0]
     seen = 0
@@ -111,9 +122,9 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
     theirs = fine.base.chunks(other, workspace, "survey.base") if not same else None
     floating = fine.layout.spec(name).dtype.is_floating_point
     for task, base in _aligned(ours, theirs):
-        if task is not None:
+        if task is not None and digests[0] is None:
             hashes[0].update(as_bytes(task))
-        if base is not None:
+        if base is not None and digests[1] is None:
             hashes[1].update(as_bytes(base))
         if not floating:
             continue
@@ -131,26 +142,41 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
             _require_finite(name, b, fine.base.label)  # first, for a may hold the difference by now
             _require_finite(name, a, fine.layout.label)
         seen += longest
-    digest = hashes[0].hexdigest()
-    return TensorStats(sums[0], sums[1], 0.0, 0.0, digest, digest if same else hashes[1].hexdigest())
+    digest, base_digest = (known or running.hexdigest() for known, running in zip(digests, hashes, strict=True))
+    return TensorStats(sums[0], sums[1], 0.0, 0.0, digest, digest if same else base_digest)
+
+
+def _ahead(checkpoint: Checkpoint, name: str) -> str | None:
+    shard, entry = checkpoint.entry(name)
+    return ahead.known(shard.fd, entry.offset, entry.spec.nbytes)
+
+
+def _digest(checkpoint: Checkpoint, name: str, workspace: Workspace) -> str:
+    """The SHA-256 of a stored tensor's bytes."""
+    found = _ahead(checkpoint, name)
+    if found is None:
+        spec = checkpoint.spec(name)
+        raw = workspace.take("survey.raw", spec.shape, spec.dtype)
+        found = sha256(as_bytes(checkpoint.read_into(raw, name)))
+    return found
 
 
 def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Workspace) -> TensorStats | None:
-    """A tensor in the vector, or any of an adapter's base."""
+    """A tensor in the vector, any of an adapter's base, or any of several fine-tunes."""
     in_vector = vector is not None and name in fine.pairing.deltas
-    if not in_vector and not fine.changes(name):
+    if not in_vector and not fine.changes(name) and not fine.fuses:
         return None
-    base, task = fine.read(name, workspace)
-    raw = workspace.take("survey.raw", fine.layout.spec(name).shape, fine.layout.spec(name).dtype)
-    model_digest = sha256(as_bytes(fine.layout.read_into(raw, name)))
-    if fine.base is fine.layout:
-        base_digest = model_digest
-    else:
-        other = fine.pairing.counterparts[name]
-        spec = fine.base.spec(other)
-        raw = workspace.take("survey.raw", spec.shape, spec.dtype)
-        base_digest = sha256(as_bytes(fine.base.read_into(raw, other)))
+    base, tasks = fine.read(name, workspace)
+    model_digest = base_digest = _digest(fine.layout, name, workspace)
+    if fine.base is not fine.layout:
+        base_digest = _digest(fine.base, fine.pairing.counterparts[name], workspace)
+    others = [_digest(checkpoint, own, workspace) for checkpoint, own in fine.stored(name)]
     base_sq = sum_of_squares(base)
+    for one, tuned in zip(tasks, (fine, *fine.others), strict=True):
+        if not math.isfinite(one.norm()):
+            _require_finite(name, base, fine.base.label)
+            raise _not_finite(name, tuned.label)
+    task = tasks[0] if not fine.fuses else weighted(tasks, fine.weights)
     task_sq = task.norm() ** 2
     for value, label in ((base_sq, fine.base.label), (task_sq, fine.label)):
         if not math.isfinite(value):
@@ -163,7 +189,15 @@ def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Wo
         if not math.isfinite(safety_sq) or (delta.known is not None and not torch.isfinite(delta.known.s).all()):
             raise _not_finite(name, vector.label)
         dot = inner(task, delta)
-    return TensorStats(base_sq, task_sq, safety_sq, dot, model_digest, base_digest)
+    return TensorStats(base_sq, task_sq, safety_sq, dot, model_digest, base_digest, others)
+
+
+def weighted(tasks: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """``Σ wᵢτᵢ``."""
+    total = tasks[0].dense() * weights[0]
+    for task, weight in zip(tasks[1:], weights[1:], strict=True):
+        total.add_(task.dense(), alpha=weight)
+    return Delta(tuple(total.shape), full=total)
 
 
 def inner(a: Delta, b: Delta) -> float:

@@ -101,7 +101,7 @@ class Adapter:
         if name in self.replaced:
             if base is None:
                 base = self.base.read(name).float()
-            change = self._get(self.replaced[name]).float() - base
+            change = self.tensor(self.replaced[name]).float() - base
             if name not in self.lora:
                 return Delta(shape, full=change)
             if change.any():  # peft stores the layer below a LoRA of embeddings too, which is mostly the base's
@@ -111,7 +111,7 @@ class Adapter:
     def _product(self, name: str) -> Delta:
         shape = self.base.spec(name).shape
         module = self.lora[name]
-        a, b = self._get(module.a).float(), self._get(module.b).float()
+        a, b = self.tensor(module.a).float(), self.tensor(module.b).float()
         if module.embedding:
             return Delta(shape, low=LowRank(a.T * module.scaling, b))
         if self.config.get("fan_in_fan_out"):
@@ -121,7 +121,8 @@ class Adapter:
     def raw_bytes(self) -> bytes:
         return (self.path / WEIGHTS).read_bytes()
 
-    def _get(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
+        """One stored tensor, by its key in the file. Raises NumericError where it holds NaN or Inf."""
         entry = self.file.layout.entries[key]
         out = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
         self.file.read_into(as_bytes(out), entry.offset)

@@ -1,13 +1,15 @@
-"""The fine-tune, whether a whole checkpoint or an adapter on its base, as weights plus a task delta."""
+"""The fine-tunes, whether whole checkpoints or adapters on their base, as weights plus task deltas."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MismatchError
 from .adapter import Adapter, is_adapter, open_base_of
 from .checkpoint import Checkpoint, fingerprint, resolve
 from .compat import Pairing, pair
@@ -17,24 +19,60 @@ from .vector import SafetyVector
 
 
 class FineTune:
-    """A fine-tune beside its base.
+    """One or several fine-tunes beside their base.
 
     Attributes:
-        layout: the checkpoint whose shards, dtypes and sidecars an output takes (the fine-tune, or an adapter's base).
-        base: what it was fine-tuned from. adapter: the adapter, if it is one. pairing: how the names correspond.
+        layout: the checkpoint whose shards, dtypes and sidecars an output takes (the first fine-tune, or an adapter's
+            base). base: what all were fine-tuned from. adapter: the first fine-tune, if it is an adapter. pairing: how
+            the names correspond. others: the further fine-tunes. weights: one a fine-tune, > 0.
     """
 
-    def __init__(self, layout: Checkpoint, base: Checkpoint, adapter: Adapter | None, pairing: Pairing) -> None:
+    def __init__(
+        self,
+        layout: Checkpoint,
+        base: Checkpoint,
+        adapter: Adapter | None,
+        pairing: Pairing,
+        others: Sequence[FineTune] = (),
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
         self.layout, self.base, self.adapter, self.pairing = layout, base, adapter, pairing
+        self.others, self.weights = tuple(others), tuple(weights)
         self.label = adapter.label if adapter else layout.label
+        self._here = {there: name for name, there in pairing.counterparts.items()}
 
     @classmethod
-    def open(cls, model: str | Path, base: str | Path | None, vector: SafetyVector | None) -> FineTune:
-        """Open both and check that they fit (headers only).
+    def open(
+        cls,
+        model: str | Path | Sequence[str],
+        base: str | Path | None,
+        vector: SafetyVector | None,
+        weights: Sequence[float] | None = None,
+    ) -> FineTune:
+        """Open all of them and check that they fit (headers only).
 
         Raises:
             ConfigError: no base given and none known. CheckpointError, MismatchError: see Checkpoint, pair.
         """
+        models = [model] if isinstance(model, str | Path) else list(model)
+        given = list(weights) if weights is not None else [1.0] * len(models)
+        first, *rest = (cls._one(m, base, vector if i == 0 else None) for i, m in enumerate(models))
+        for other in rest:
+            if other.base.path != first.base.path:
+                raise MismatchError(
+                    f"{first.label} is a fine-tune of {first.base.label}, {other.label} of {other.base.label}",
+                    "Fuse fine-tunes of one base, or name it with --base.",
+                )
+            lost = [n for n, there in first.pairing.counterparts.items() if other._name(n, there) is None]
+            if lost:
+                raise MismatchError(
+                    f"{other.label} does not store {len(lost)} tensor(s) that {first.label} does, e.g. {lost[0]}",
+                    "Save both with the same settings for tied weights.",
+                )
+        return cls(first.layout, first.base, first.adapter, first._shared(rest), rest, given)
+
+    @classmethod
+    def _one(cls, model: str | Path, base: str | Path | None, vector: SafetyVector | None) -> FineTune:
         path = resolve(model)
         if is_adapter(path):
             parent = open_base_of(path, base)
@@ -45,22 +83,53 @@ class FineTune:
         layout, parent = Checkpoint(path, label=str(model)), Checkpoint.open(base)
         return cls(layout, parent, None, pair(layout, parent, vector))
 
+    def _shared(self, others: Sequence[FineTune]) -> Pairing:
+        """This pairing over the rows that every fine-tune has."""
+        rows, notes = dict(self.pairing.common_rows), list(self.pairing.notes)
+        for other in others:
+            notes += [note for note in other.pairing.notes if note not in notes]
+            for name, there in self.pairing.counterparts.items():
+                fewer = other.rows(other._name(name, there) or name)
+                if fewer is not None:
+                    rows[name] = min(rows.get(name, fewer), fewer)
+        return replace(self.pairing, common_rows=rows, notes=notes)
+
+    def _name(self, name: str, there: str) -> str | None:
+        """This fine-tune's name of what another calls ``name`` and the base ``there``."""
+        return name if name in self.pairing.counterparts else self._here.get(there)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the result differs from the first fine-tune even without a vector."""
+        return bool(self.others) or self.weights != (1.0,)
+
     def rows(self, name: str) -> int | None:
         """How many leading rows take part, where the vocabularies differ; None for all."""
         return self.pairing.common_rows.get(name)
 
     def changes(self, name: str) -> bool:
-        """Whether the fine-tune may differ from its base in ``name``."""
+        """Whether the first fine-tune may differ from its base in ``name``."""
         return self.adapter is None or name in self.adapter
 
-    def read(self, name: str, workspace: Workspace) -> tuple[Tensor, Delta]:
-        """``(W_b, τ)`` of one tensor in float32 over its common rows, in ``workspace``'s memory."""
-        rows = self.rows(name)
-        base = self.base.read_float(self.pairing.counterparts[name], workspace, "base")[:rows]
+    def read(self, name: str, workspace: Workspace) -> tuple[Tensor, list[Delta]]:
+        """``(W_b, [τ of every fine-tune])`` of one tensor in float32 over its common rows, in ``workspace``."""
+        rows, there = self.rows(name), self.pairing.counterparts[name]
+        base = self.base.read_float(there, workspace, "base")[:rows]
+        return base, [
+            fine._delta(fine._name(name, there) or name, base, workspace, f"task{i or ''}")
+            for i, fine in enumerate((self, *self.others))
+        ]
+
+    def stored(self, name: str) -> list[tuple[Checkpoint, str]]:
+        """Where the further fine-tunes that are checkpoints keep ``name``: ``(checkpoint, its name there)``."""
+        there = self.pairing.counterparts[name]
+        return [(o.layout, o._name(name, there) or name) for o in self.others if o.adapter is None]
+
+    def _delta(self, name: str, base: Tensor, workspace: Workspace, slot: str) -> Delta:
         if self.adapter is not None:
-            return base, self.adapter.delta(name, base) if name in self.adapter else Delta(tuple(base.shape))
-        task = self.layout.read_float(name, workspace, "task")[:rows].sub_(base)
-        return base, Delta(tuple(task.shape), full=task)
+            return self.adapter.delta(name, base) if name in self.adapter else Delta(tuple(base.shape))
+        task = self.layout.read_float(name, workspace, slot)[: len(base) if base.dim() else None].sub_(base)
+        return Delta(tuple(task.shape), full=task)
 
     def safety(self, name: str, vector: SafetyVector, workspace: Workspace, *, check: bool = False) -> Delta:
         """Δ of one tensor over its common rows; ``check`` as in SafetyVector.delta."""
@@ -72,7 +141,9 @@ class FineTune:
 
     def fingerprints(self) -> dict[str, Any]:
         """Enough of the inputs to notice that one changed between two runs."""
-        out = {"model": fingerprint(self.layout.path), "base": fingerprint(self.base.path)}
+        out: dict[str, Any] = {"model": fingerprint(self.layout.path), "base": fingerprint(self.base.path)}
         if self.adapter:
             out["adapter"] = fingerprint(self.adapter.path)
+        if self.others:
+            out["others"] = [other.fingerprints() for other in self.others]
         return out

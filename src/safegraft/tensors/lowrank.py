@@ -7,6 +7,7 @@ form the full matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,31 +88,46 @@ def thin_svd(matrix: Tensor, k: int) -> Svd:
     The vectors of the shorter side come from ``eigh`` of the Gram matrix, those of the longer side by one
     multiplication. Where σ_k falls below ``GRAM_FLOOR``·σ_1 the Gram matrix is formed again in float64.
     """
+    return _svd(matrix, lambda _: k)
+
+
+def leading_svd(matrix: Tensor, energy: float) -> Svd:
+    """The fewest leading triplets of ``matrix``, as thin_svd gives them, that hold ``energy`` in (0, 1] of ‖A‖²."""
+    return _svd(matrix, lambda s: holding(s, energy))
+
+
+def _svd(matrix: Tensor, wanted: Callable[[Tensor], int]) -> Svd:
+    """``wanted`` says how many triplets, given all singular values falling."""
     rows, columns = matrix.shape
     if rows > columns:
-        flipped = thin_svd(matrix.T, k)
+        flipped = _svd(matrix.T, wanted)
         return Svd(flipped.v, flipped.s, flipped.u, flipped.complete)
-    k = min(k, rows)
-    if k == 0:
-        return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0))
-    largest = float(matrix.abs().max())
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
     if largest == 0.0:
-        return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0), complete=True)
+        return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0), complete=rows > 0)
     unit = matrix / largest
-    u, s = _gram_eigh(unit, k)
-    if float(s[-1]) < GRAM_FLOOR * float(s[0]):
+    u, s = _gram_eigh(unit)
+    k = min(wanted(s), rows)
+    if k and float(s[k - 1]) < GRAM_FLOOR * float(s[0]):
         unit = unit.double()
-        u, s = _gram_eigh(unit, k)
-    keep = numerical_rank(s, (rows, columns))
+        u, s = _gram_eigh(unit)
+        k = min(wanted(s), rows)
+    keep = numerical_rank(s[:k], (rows, columns))
     u, s = u[:, :keep], s[:keep]
     v = (unit.T @ u) / s
     return Svd(u.float(), (s * largest).float(), v.float(), complete=keep < k)
 
 
-def _gram_eigh(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def holding(s: Tensor, energy: float) -> int:
+    """How many leading σ hold ``energy`` of ``Σ σ²``; at least one."""
+    held = s.double().square().cumsum(0)
+    return min(s.numel(), int((held < energy * held[-1]).sum()) + 1)
+
+
+def _gram_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All left singular vectors and values of ``matrix`` [m, n], m ≤ n, values falling."""
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    leading = vectors[:, -k:].flip(1)
-    return leading.contiguous(), values[-k:].flip(0).clamp_min(0).sqrt()
+    return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,13 @@ class Delta:
             found = thin_svd(self.full, k)
         return found.leading(min(k, found.s.numel())).scaled(self.scale)
 
+    def leading(self, energy: float) -> Svd:
+        """The fewest leading triplets that hold ``energy`` of the squared norm; two dimensions, not zero."""
+        if self.full is None:
+            found = self.svd(min(self.shape))
+            return found.leading(holding(found.s, energy))
+        return leading_svd(self.full, energy).scaled(self.scale)
+
     def slices(self) -> list[Delta]:
         """A stack of matrices [e, m, n] (fused experts) as e deltas of two dimensions."""
         rest = self.shape[1:]
@@ -195,6 +218,17 @@ class Delta:
             )
             for i in range(self.shape[0])
         ]
+
+
+def plus(a: Delta, b: Delta) -> Tensor | LowRank:
+    """``a + b``: factors side by side where neither is dense, else the whole tensor."""
+    factors = [d for d in (a, b) if not d.is_zero]
+    if len(a.shape) == 2 and factors and all(d.low is not None for d in factors):
+        return LowRank(
+            torch.cat([d.low.left * d.scale for d in factors if d.low], dim=1),
+            torch.cat([d.low.right for d in factors if d.low], dim=1),
+        )
+    return a.dense() + b.dense()
 
 
 def sum_of_squares(tensor: Tensor) -> float:

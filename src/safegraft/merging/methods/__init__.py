@@ -1,5 +1,5 @@
 """Importing this package registers every built-in method."""
 
-from . import interference
+from . import additive, geometric, interference, sparse, subspace
 
-__all__ = ["interference"]
+__all__ = ["additive", "geometric", "interference", "sparse", "subspace"]
