@@ -52,6 +52,9 @@ def command(
     resume: bool = typer.Option(None, "--resume", help="Go on with a run that was killed."),
     force: bool = typer.Option(None, "--force", help="Replace an existing output."),
     strict: bool = typer.Option(None, "--strict", help="Make a doubtful lineage an error."),
+    from_mergekit: Path = typer.Option(
+        None, help="A mergekit YAML (task_arithmetic, ties, dare_linear, breadcrumbs) to do here."
+    ),
     config: Path = typer.Option(None, help="YAML with any of these settings; options given here override it."),
 ) -> None:
     """Put a safety vector into a fine-tune."""
@@ -61,6 +64,10 @@ def command(
         "as_adapter": as_adapter, "rank": rank,
         "dtype": dtype, "device": device, "workers": workers, "resume": resume, "force": force, "strict": strict,
     }  # fmt: skip
+    if from_mergekit is not None:
+        from ..merging.mergekit import from_mergekit as converted
+
+        given = converted(from_mergekit) | {k: v for k, v in given.items() if v is not None}
     settings = load(MergeConfig, config, given)
     flags = {"score": score, "damp": damp, "energy": energy, "keep": keep, "sharpness": sharpness}
     params = {k: v for k, v in flags.items() if v is not None} | _parameters(param or [])

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+PIECE = 1 << 20
+"""Entries worked on at a time where several temporaries are needed."""
+
 
 def largest(delta: Tensor, density: float) -> Tensor:
     """``delta`` with all but its ``density`` share of entries of largest magnitude set to 0 (TIES, arXiv:2306.01708).
 
     Args:
-        density: 0 < density ≤ 1. ``max(1, int(density · n))`` of the n entries stay; among equals any.
+        density: 0 < density ≤ 1. ``max(1, int(density · n))`` of the n entries stay; among equals the first.
     """
     return _ranked(delta, density, 0.0)
 
@@ -33,10 +36,20 @@ def _ranked(delta: Tensor, density: float, outliers: float) -> Tensor:
     flat = delta.reshape(-1)
     stay = max(1, int(density * flat.numel()))
     top = min(int(outliers * flat.numel()), flat.numel() - stay)
-    order = flat.abs().topk(top + stay).indices[top:]
-    out = torch.zeros_like(flat)
-    out[order] = flat[order]
-    return out.reshape(delta.shape)
+    sizes = flat.abs()
+    keep = _among_largest(sizes, top + stay)
+    if top:
+        keep &= ~_among_largest(sizes, top)
+    return (flat * keep).reshape(delta.shape)
+
+
+def _among_largest(sizes: Tensor, count: int) -> Tensor:
+    """A mask of ``count`` largest entries; of those equal to the smallest of them, the first ones."""
+    floor = sizes.kthvalue(sizes.numel() - count + 1).values
+    mask = sizes > floor
+    equal = (sizes == floor).nonzero().squeeze(1)
+    mask[equal[: count - int(mask.sum())]] = True
+    return mask
 
 
 def dropped(delta: Tensor, drop: float, rng: torch.Generator) -> Tensor:
@@ -70,14 +83,23 @@ def pruned_by_rank(delta: Tensor, density: float, spread: float, rng: torch.Gene
     return (rows * keep / stays).reshape(delta.shape)
 
 
-def agreed(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Per entry the weighted mean of those deltas whose sign is the elected one (TIES steps 2 and 3).
+def agreed(deltas: Sequence[Tensor], weights: Sequence[float], *, average: bool = True) -> Tensor:
+    """Per entry the weighted mean of those deltas whose sign is the elected one (TIES steps 2 and 3), or their sum.
 
     The sign of the weighted sum is elected, a sum of 0 electing +; entries that are 0 take no part.
 
     Args:
         weights: one a delta, > 0.
     """
+    flat = [delta.reshape(-1) for delta in deltas]
+    out = torch.empty_like(flat[0])
+    for start in range(0, out.numel(), PIECE):
+        pieces = [delta[start : start + PIECE] for delta in flat]
+        out[start : start + PIECE] = _agreed(pieces, weights, average)
+    return out.reshape(deltas[0].shape)
+
+
+def _agreed(deltas: Sequence[Tensor], weights: Sequence[float], average: bool) -> Tensor:
     total = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         total.add_(delta, alpha=weight)
@@ -86,5 +108,5 @@ def agreed(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for delta, weight in zip(deltas, weights, strict=True):
         votes = torch.where(positive, delta > 0, delta < 0)
         mixed.add_(delta * votes, alpha=weight)
-        share.add_(votes.to(total.dtype), alpha=weight)
-    return mixed / share.masked_fill_(share == 0, 1.0)
+        share.add_(votes, alpha=weight)
+    return mixed.div_(share.masked_fill_(share == 0, 1.0)) if average else mixed

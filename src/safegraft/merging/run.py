@@ -16,7 +16,7 @@ import torch
 
 from ..config import MergeConfig
 from ..errors import ConfigError, LineageError, SafegraftError
-from ..manifest import digest_of, new_manifest, peak_memory
+from ..manifest import digest_of, peak_memory
 from ..tensors.checkpoint import INDEX
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
@@ -27,12 +27,12 @@ from . import methods as _methods
 from .adapters import adapter_config, adapter_tensors, pieces, require_adaptable, write_adapter
 from .card import model_card
 from .execute import Run, execute, merge_tensor
-from .lineage import cosine, doubts, layer_ratios
+from .lineage import cosine, doubts
 from .method import METHODS, GlobalStats, Merged, Method
 from .plan import Plan, index_of, make_plan
+from .record import adapter_sidecars, merge_manifest, renamed_dtype, tokenizer_files
 from .survey import Survey, survey
 
-KIND = "safegraft merged model"
 _ = _methods
 
 Report = Callable[[str, int, int], None]
@@ -120,7 +120,7 @@ def _require_taken(config: MergeConfig, method: Method) -> None:
             f"{method.name} takes one fine-tune at weight 1, not {len(config.models)} with weights {config.weights}",
             f"Methods that fuse several: {fusing}.",
         )
-    if config.vector is None and not (method.fuses and len(config.models) > 1):
+    if config.vector is None and not (method.fuses and (len(config.models) > 1 or config.weights)):
         raise ConfigError(
             "the vector is missing",
             f"Name it with --vector. Only several fine-tunes can be merged without one, by {fusing}.",
@@ -192,9 +192,9 @@ def _run_as_adapter(ready: Prepared, given: list[str], progress: Report | None, 
     nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     summary = _summary(ready, found, stats, figures, len(parts), nbytes, warnings, started)
     write_adapter(
-        out, tensors, adapter_config(fine, parts), _manifest(ready, found, summary, given, started),
+        out, tensors, adapter_config(fine, parts), merge_manifest(ready, found, summary, given, started),
         texts={"README.md": model_card(fine, ready.method, summary)},
-        sidecars=_adapter_sidecars(fine), force=config.force,
+        sidecars=adapter_sidecars(fine), force=config.force,
     )  # fmt: skip
     return summary
 
@@ -249,43 +249,6 @@ def _add_ratio(values: dict[str, float], name: str, found: Survey, stats: Global
     values["ratio"] = added / task if task else math.inf if added else 0.0
 
 
-def _manifest(
-    ready: Prepared, found: Survey, summary: MergeSummary, given: list[str], started: float
-) -> dict[str, Any]:
-    config, fine = ready.config, ready.fine
-    digests = found.digests()
-    manifest = new_manifest(
-        KIND,
-        config=config.model_dump(exclude={"resume", "force"})
-        | {
-            "params": ready.params.model_dump(),
-            "strength": ready.strength,
-            "match_norm": ready.match_norm,
-        },
-        given=given,
-        seed=0,
-        started=started,
-        inputs={
-            "model": {"name": fine.label, "sha256": digests["model"], "adapter": fine.adapter is not None},
-            **_further(fine, found),
-            "base": {"name": fine.base.label, "sha256": digests["base"]},
-            **_vector_input(ready.vector),
-        },
-    )
-    manifest["result"] = {
-        "alpha": summary.alpha,
-        "task_norm": summary.task_norm,
-        "safety_norm": summary.safety_norm,
-        "cosine": summary.cosine,
-        "mean_weight": summary.mean_weight,
-        "layer_ratios": layer_ratios(found),
-        "warnings": summary.warnings,
-        "notes": summary.notes,
-        "tensors": {n: {k: v if math.isfinite(v) else None for k, v in f.items()} for n, f in summary.tensors.items()},
-    }
-    return manifest
-
-
 def _finish(
     ready: Prepared, folder: OutputFolder, found: Survey, summary: MergeSummary, given: list[str], started: float
 ) -> None:
@@ -296,57 +259,16 @@ def _finish(
         index = index_of(ready.plan.layouts, dict((layout.index or {}).get("metadata") or {}))
     sidecars = [(layout.path / p, str(p)) for p in layout.sidecars()]
     if fine.adapter:
-        extra = _tokenizer_files(fine.adapter.path)
+        extra = tokenizer_files(fine.adapter.path)
         sidecars = [(s, n) for s, n in sidecars if n not in extra] + [(fine.adapter.path / n, n) for n in extra]
     source = fine.adapter.path if fine.adapter else layout.path
     if (source / "README.md").exists():
         sidecars.append((source / "README.md", "README.finetune.md"))
     texts = {"README.md": model_card(fine, ready.method, summary)}
-    if config.dtype is not None and _renamed_dtype(layout.config, config.dtype) != layout.config:
-        texts["config.json"] = json.dumps(_renamed_dtype(layout.config, config.dtype), indent=2) + "\n"
-    manifest = _manifest(ready, found, summary, given, started)
+    if config.dtype is not None and renamed_dtype(layout.config, config.dtype) != layout.config:
+        texts["config.json"] = json.dumps(renamed_dtype(layout.config, config.dtype), indent=2) + "\n"
+    manifest = merge_manifest(ready, found, summary, given, started)
     folder.finish(manifest, index=index, sidecars=sidecars, texts=texts)
-
-
-def _tokenizer_files(folder: Path) -> list[str]:
-    starts = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges")
-    return sorted(p.name for p in folder.iterdir() if p.is_file() and p.name.startswith(starts))
-
-
-def _adapter_sidecars(fine: FineTune) -> list[tuple[Path, str]]:
-    """The tokenizer beside an adapter, and the README of what was merged."""
-    source = fine.adapter.path if fine.adapter else fine.layout.path
-    found = [(source / n, n) for n in _tokenizer_files(source)] if fine.adapter else []
-    if (source / "README.md").exists():
-        found.append((source / "README.md", "README.finetune.md"))
-    return found
-
-
-def _further(fine: FineTune, found: Survey) -> dict[str, Any]:
-    """The further fine-tunes among a manifest's inputs."""
-    ordered = sorted(fine.others, key=lambda other: other.adapter is None)  # as Survey.other_sha256
-    return {
-        f"model {i}": {"name": other.label, "sha256": digest, "adapter": other.adapter is not None}
-        for i, (other, digest) in enumerate(zip(ordered, found.other_sha256, strict=True), 2)
-    }
-
-
-def _vector_input(vector: SafetyVector | None) -> dict[str, Any]:
-    if vector is None:
-        return {}
-    about = vector.manifest
-    digest = digest_of(about["outputs"]["tensors"])
-    return {
-        "vector": {
-            "name": vector.label, "sha256": digest, "inputs": about["inputs"], "config": about["config"],
-        }
-    }  # fmt: skip
-
-
-def _renamed_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json with every dtype it names set to ``dtype``: transformers loads in that one, whatever is stored."""
-    out = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in values.items()}
-    return {k: _renamed_dtype(v, dtype) if k == "text_config" and isinstance(v, dict) else v for k, v in out.items()}
 
 
 def _counter(progress: Report | None, stage: str, total: int) -> Callable[[str, int], None] | None:

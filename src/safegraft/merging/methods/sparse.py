@@ -14,6 +14,8 @@ class Ties(Settings):
     """Parameters of TIES; the paper keeps the top 20 %, EnchTable's comparison the top 50 %."""
 
     density: float = Field(0.5, gt=0, le=1, description="share of each delta's entries kept, the largest")
+    scale: float = Field(1.0, gt=0, description="λ: factor of the merged delta")
+    average: bool = Field(True, description="average the deltas that agree; if not, add them up")
 
 
 class Dare(Settings):
@@ -45,7 +47,10 @@ class Della(Settings):
 @merge_method("ties", params=Ties, paper="arXiv:2306.01708", strength=1.0, match_norm=False, fuses=True)
 def ties(t: TensorTriple, p: Ties, stats: GlobalStats) -> Merged | None:
     """Keep each delta's largest entries, elect a sign for every weight, average the deltas that agree with it."""
-    return _elected([(largest(d, p.density), w) for d, w in _parts(t)])
+    parts = [(largest(d, p.density), w) for d, w in _parts(t)]
+    if not parts:
+        return None
+    return Merged(agreed([d for d, _ in parts], [w for _, w in parts], average=p.average).mul_(p.scale), {})
 
 
 @merge_method("dare", params=Dare, paper="arXiv:2311.03099", strength=1.0, match_norm=False, fuses=True)

@@ -1,0 +1,98 @@
+"""What a merge leaves beside the weights: the manifest's content, and the files taken over from its inputs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..manifest import digest_of, new_manifest
+from ..tensors.finetune import FineTune
+from ..tensors.vector import SafetyVector
+from .lineage import layer_ratios
+from .survey import Survey
+
+if TYPE_CHECKING:
+    from .run import MergeSummary, Prepared
+
+KIND = "safegraft merged model"
+
+
+def merge_manifest(
+    ready: Prepared, found: Survey, summary: MergeSummary, given: list[str], started: float
+) -> dict[str, Any]:
+    """The manifest without its outputs, which the writer adds. ``given``: settings the user named."""
+    config, fine = ready.config, ready.fine
+    digests = found.digests()
+    manifest = new_manifest(
+        KIND,
+        config=config.model_dump(exclude={"resume", "force"})
+        | {
+            "params": ready.params.model_dump(),
+            "strength": ready.strength,
+            "match_norm": ready.match_norm,
+        },
+        given=given,
+        seed=0,
+        started=started,
+        inputs={
+            "model": {"name": fine.label, "sha256": digests["model"], "adapter": fine.adapter is not None},
+            **_further(fine, found),
+            "base": {"name": fine.base.label, "sha256": digests["base"]},
+            **_vector_input(ready.vector),
+        },
+    )
+    manifest["result"] = {
+        "alpha": summary.alpha,
+        "task_norm": summary.task_norm,
+        "safety_norm": summary.safety_norm,
+        "cosine": summary.cosine,
+        "mean_weight": summary.mean_weight,
+        "layer_ratios": layer_ratios(found),
+        "warnings": summary.warnings,
+        "notes": summary.notes,
+        "tensors": {n: {k: v if math.isfinite(v) else None for k, v in f.items()} for n, f in summary.tensors.items()},
+    }
+    return manifest
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of ``folder`` that belong to a tokenizer or chat template."""
+    starts = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges")
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and p.name.startswith(starts))
+
+
+def adapter_sidecars(fine: FineTune) -> list[tuple[Path, str]]:
+    """The tokenizer beside an adapter, and the README of what was merged."""
+    source = fine.adapter.path if fine.adapter else fine.layout.path
+    found = [(source / n, n) for n in tokenizer_files(source)] if fine.adapter else []
+    if (source / "README.md").exists():
+        found.append((source / "README.md", "README.finetune.md"))
+    return found
+
+
+def _further(fine: FineTune, found: Survey) -> dict[str, Any]:
+    """The further fine-tunes among a manifest's inputs."""
+    ordered = sorted(fine.others, key=lambda other: other.adapter is None)  # as Survey.other_sha256
+    return {
+        f"model {i}": {"name": other.label, "sha256": digest, "adapter": other.adapter is not None}
+        for i, (other, digest) in enumerate(zip(ordered, found.other_sha256, strict=True), 2)
+    }
+
+
+def _vector_input(vector: SafetyVector | None) -> dict[str, Any]:
+    if vector is None:
+        return {}
+    about = vector.manifest
+    digest = digest_of(about["outputs"]["tensors"])
+    return {
+        "vector": {
+            "name": vector.label, "sha256": digest, "inputs": about["inputs"], "config": about["config"],
+        }
+    }  # fmt: skip
+
+
+def renamed_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with every dtype it names set to ``dtype``: transformers loads in that one, whatever is stored."""
+    out = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in values.items()}
+    return {k: renamed_dtype(v, dtype) if k == "text_config" and isinstance(v, dict) else v for k, v in out.items()}
