@@ -98,12 +98,35 @@ def test_every_wrong_setting_is_told_at_once(tmp_path):
         (["--base", "no/such/place/here"], "no folder"),
         (["--vector", "nowhere"], "vector subtract"),
         (["--device", "cuda"], "no CUDA"),
+        (["--param", "density"], "NAME=VALUE"),
+        (["--as-adapter", "--dry-run"], "plans a full model"),
+        (["--as-adapter"], "--rank"),
+        (["--weight", "0.5"], "takes one fine-tune at weight 1"),
+        (["--from-mergekit", "nowhere.yaml"], "cannot read nowhere.yaml"),
     ],
 )
 def test_bad_input_is_one_clear_error(family, tmp_path, extra, said):
     text = run("merge", *options(family), "--out", tmp_path / "out", *extra, code=2)
     assert said in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_as_the_output(family, tmp_path):
+    text = run("merge", *options(family), "--out", tmp_path / "out", "--as-adapter", "--rank", 4)
+    assert "Lost by truncating" in text
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_mergekit_configuration(family, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"merge_method: ties\nbase_model: {family / 'base'}\nparameters: {{weight: 0.5, density: 0.5}}\n"
+        f"models: [{{model: {family / 'task'}}}, {{model: {family / 'bad'}}}]\n"
+    )
+    run("merge", "--from-mergekit", tmp_path / "config.yaml", "--out", tmp_path / "out", "--param", "density=0.25")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["config"]["params"] == {"density": 0.25, "scale": 1.0, "average": True}
+    assert manifest["config"]["weights"] == [0.5, 0.5]
 
 
 def test_vector_info_and_rank(family, tmp_path):

@@ -21,8 +21,9 @@ ALLOWED = {
     "train": FOUNDATION | {"tensors", "data"},
     "evaluate": FOUNDATION | {"data"},
     "report": FOUNDATION,
+    "tuning": FOUNDATION | {"tensors", "merging", "train", "evaluate", "data"},
 }
-NO_IO = ["merging/linalg.py", "evaluate/metrics.py"]
+NO_IO = ["merging/linalg.py", "merging/entries.py", "evaluate/metrics.py"]
 
 
 def part(file: Path) -> str:

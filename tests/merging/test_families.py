@@ -344,6 +344,7 @@ def test_inspect_tells_what_merge_does(trio, tmp_path):
         assert view.base_norm == pytest.approx(float(base[view.name].norm()), rel=1e-5)
         assert view.cosine == pytest.approx(float((tau * delta).sum() / tau.norm() / delta.norm()), abs=1e-5)
         assert 0 <= view.overlap <= 1
+        assert 0 <= view.opposition <= 2
     whole = torch.cat([(task[v.name] - base[v.name]).reshape(-1) for v in seen.tensors])
     deltas = torch.cat([vector.read(v.name).reshape(-1) for v in seen.tensors])
     assert seen.cosine == pytest.approx(float(whole @ deltas / whole.norm() / deltas.norm()), abs=1e-5)

@@ -9,19 +9,17 @@ from safegraft.errors import CheckpointError
 from safegraft.merging.live import graft
 
 
-@pytest.mark.parametrize("how", [{}, {"method": "resta"}, {"score": "none", "damp": "input"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"method": "resta"}, {"params": {"score": "none", "damp": "input"}}], ids=str)
 def test_equals_the_merge_on_disk(trio, tmp_path, how):
     from transformers import AutoModelForCausalLM
 
     made = trio("qwen3")
-    params = {k: v for k, v in how.items() if k != "method"}
-    settings = {k: v for k, v in how.items() if k == "method"}
     model = AutoModelForCausalLM.from_pretrained(made.task)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with graft(model, made.task, made.base, made.vector) as live:
         live.apply(3.0, **how)
         live.apply(0.5, **how)
-        merge(made.task, made.vector, tmp_path / "out", base=made.base, strength=0.5, params=params, **settings)
+        merge(made.task, made.vector, tmp_path / "out", base=made.base, strength=0.5, **how)
         expected = weights(tmp_path / "out")
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, expected[name]), name

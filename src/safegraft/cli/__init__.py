@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import demo, inspect, merge, methods, vector, verify
+from . import demo, inspect, merge, methods, push, tune, vector, verify
 from .console import stderr
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command("merge")(merge.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("tune")(tune.command)
+app.command("push")(push.command)
 app.command("methods")(methods.command)
 app.add_typer(vector.app, name="vector")
 app.command("demo")(demo.command)

@@ -61,7 +61,7 @@ def _page(found: Inspection, model: str, strength: float) -> str:
 def _print(found: Inspection, strength: float) -> None:
     table = Table(box=None, header_style="bold")
     table.add_column("tensor", overflow="fold")
-    for column in ("‖W‖", "‖τ‖", "‖Δ‖", "cos(τ,Δ)", "overlap", "I", "w", "‖w·s‖/‖τ‖"):
+    for column in ("‖W‖", "‖τ‖", "‖Δ‖", "cos(τ,Δ)", "overlap", "I", "w", "I free", "‖w·s‖/‖τ‖"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.tensors:
         table.add_row(
@@ -73,6 +73,7 @@ def _print(found: Inspection, strength: float) -> None:
             "" if row.overlap is None else f"{row.overlap:.3f}",
             f"{row.interference:.4f}",
             f"{row.weight:.4f}",
+            "" if row.opposition is None else f"{row.opposition:.3f}",
             f"{row.ratio:.3g}",
         )
     stdout.print(table)

@@ -73,6 +73,8 @@ def command(
     params = {k: v for k, v in flags.items() if v is not None} | _parameters(param or [])
     settings = settings.model_copy(update={"params": {**settings.params, **params}})
 
+    if dry_run and settings.as_adapter:
+        raise ConfigError("--dry-run plans a full model, not an adapter", "Leave out one of --dry-run, --as-adapter.")
     if not dry_run:
         ahead.start(f for f in (*settings.models, settings.base, settings.vector) if f is not None)
     from ..merging.run import prepare, run_merge

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from .. import merge, subtract
-from ..errors import CheckpointError
+from ..evaluate.models.hf import load_chat
 from ..evaluate.records import write_records
 from ..manifest import digest_of
 from ..merging.live import graft
@@ -28,31 +27,11 @@ from .stages import private_folder, whole_folder, write_whole
 SCOPE: Scope = "attention"
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Model (float32, on a GPU where there is one) and tokenizer of a local folder.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or it has no chat template.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    if not getattr(tokenizer, "chat_template", None):
-        raise CheckpointError(f"{folder} has no chat template", "The demo needs a chat model.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
 def train(
     source: Path, rows: Sequence[Pair], how: Training, target: Path, *, seed: int, label: str, progress: Progress
 ) -> dict[str, Any]:
     """Fine-tune the model in ``source`` on all its parameters and save it to ``target``."""
-    model, tokenizer = load(source)
+    model, tokenizer = load_chat(source)
     told = _fit(model, tokenizer, rows, how, EVERYTHING, seed, label, progress)
     with whole_folder(target) as folder:
         model.to("cpu").save_pretrained(folder)
@@ -69,7 +48,7 @@ def distil(
     answers to ``data.anchors``. The surrogate's trained
     tensors lie in a private folder for the seconds that the subtraction takes, and nowhere afterwards.
     """
-    model, tokenizer = load(aligned)
+    model, tokenizer = load_chat(aligned)
     rows = [*with_answers(data.distil, data.phrases.affirmatives, seed), *data.anchors]
     names = [name for name, _ in model.named_parameters() if in_scope(name, SCOPE)]
     told = _fit(
@@ -139,7 +118,7 @@ def choose_strength(
     Where none does: of those that guard usefulness (``Scores.keeps``) the one with the least compliance, the smaller
     strength on a tie; where none of these exists either, the smallest strength.
     """
-    model, tokenizer = load(tuned)
+    model, tokenizer = load_chat(tuned)
     start, _ = measure(model, tokenizer, "β = 0", prompts, settings, progress)
     tried: list[tuple[float, Scores]] = []
     rows = [{"strength": 0.0, "weight": None, "scores": start.to_json(), "meets": False}]
@@ -187,7 +166,7 @@ def score(
     folder: Path, label: str, prompts: Prompts, settings: Settings, records: Path, progress: Progress
 ) -> dict[str, Any]:
     """Measure one model and keep its answers in ``records`` (JSONL)."""
-    model, tokenizer = load(folder)
+    model, tokenizer = load_chat(folder)
     scores, lines = measure(model, tokenizer, label, prompts, settings, progress)
     records.parent.mkdir(exist_ok=True)
     partial = records.with_name(records.name + ".partial")

@@ -13,7 +13,7 @@ from ..tensors.source import Workspace
 from ..tensors.vector import SafetyVector
 from . import methods as _methods
 from .execute import merge_tensor
-from .linalg import kept, overlap
+from .linalg import kept, opposition, overlap
 from .lineage import cosine, doubts
 from .method import METHODS, GlobalStats
 from .run import scale
@@ -29,7 +29,8 @@ class TensorView:
     Attributes:
         base_norm, task_norm, safety_norm: ‖W_b‖, ‖τ‖, ‖Δ‖ (Frobenius). ratio: ‖w·s‖/‖τ‖ at the strength asked for.
         cosine: cos(τ, Δ). overlap: share of Δ's norm inside the task's leading directions (None for vectors).
-        interference, weight: the score I and w = exp(−I) at that strength.
+        interference, weight: the paper's score I and w = exp(−I) at that strength. opposition: the scale-free score,
+            0 to 2, which no strength changes (None for vectors).
     """
 
     name: str
@@ -41,6 +42,7 @@ class TensorView:
     overlap: float | None
     interference: float
     weight: float
+    opposition: float | None
     ratio: float
 
 
@@ -101,10 +103,11 @@ def _view(
     safety = fine.safety(name, vector, workspace).scaled(stats.alpha)
     merged = merge_tensor(method, params, stats, name=name, base=base, tasks=[task], safety=safety)
     figures = merged.figures if merged else {"interference": 0.0, "weight": 1.0}
-    shared = None
+    shared = against = None
     if len(task.shape) == 2 and not task.is_zero:
         k = kept(task.shape, params.keep)  # type: ignore[attr-defined]
         shared = overlap(task.svd(k), safety.dense())
+        against = opposition(task.leading(params.energy), safety.dense(), 1.0)  # type: ignore[attr-defined]
     row = found.tensors[name]
     task_norm, safety_norm = math.sqrt(row.task_sq), math.sqrt(row.safety_sq)
     added = figures["weight"] * stats.alpha * safety_norm
@@ -118,5 +121,6 @@ def _view(
         overlap=shared,
         interference=figures["interference"],
         weight=figures["weight"],
+        opposition=against,
         ratio=added / task_norm if task_norm else math.inf,
     )

@@ -34,14 +34,20 @@ class Graft:
     parameters: Mapping[str, nn.Parameter]
 
     @torch.no_grad()
-    def apply(self, strength: float, *, method: str = "interference", match_norm: bool | None = None,
-              **params: Any) -> dict[str, dict[str, float]]:  # fmt: skip
+    def apply(
+        self,
+        strength: float,
+        *,
+        method: str = "interference",
+        match_norm: bool | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, float]]:
         """Put the merge's weights into the model, whatever it held before. Returns the method's figures by tensor.
 
         Args as in safegraft.merge. Raises ConfigError, NumericError.
         """
         chosen: Method = METHODS.get(method)
-        settings = chosen.parameters(params)
+        settings = chosen.parameters(dict(params or {}))
         matched = chosen.match_norm if match_norm is None else match_norm
         alpha = scale(strength, self.found, match_norm=matched)
         stats = GlobalStats(self.found.task_norm, self.found.safety_norm, alpha)

@@ -11,6 +11,7 @@ Grid = tuple[Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]
 MAPS = (
     ("ratio", "How much safety is added, against what fine-tuning changed", "‖w·s‖ / ‖τ‖"),
     ("weight", "The weight the method gives each tensor", "w"),
+    ("opposition", "How far the vector pushes against fine-tuning within its own directions", "scale-free I"),
     ("overlap", "The share of the vector that lies in the fine-tune's own directions", "‖U₁ᵀ s V₁‖ / ‖s‖"),
     ("cosine", "Whether fine-tuning moved along the vector (+) or against it (−)", "cos(τ, Δ)"),
     ("safety_norm", "The vector itself", "‖Δ‖"),

@@ -5,16 +5,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ..records import Conversation, Reply, Sampling
 
 SHARED = 8
 """Tokens that all prompts must have in common before it pays to run them once."""
+
+
+def load_chat(folder: str | Path) -> tuple[Any, Any]:
+    """Model (float32, on a GPU where there is one) and tokenizer of a chat model: a folder, or a Hub id.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or it has no chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError(f"{folder} has no chat template", "Give a chat model, or set tokenizer.chat_template.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 @dataclass(frozen=True)

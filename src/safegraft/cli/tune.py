@@ -1,0 +1,84 @@
+"""safegraft tune"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .console import stderr, stdout
+
+
+def command(
+    model: str = typer.Option(..., help="The fine-tune: a folder or a Hub id of a chat model."),
+    base: str = typer.Option(..., help="What it was fine-tuned from."),
+    vector: str = typer.Option(..., help="The safety vector's folder."),
+    task: Path = typer.Option(..., help="JSONL with prompt and answer: rows of the fine-tune's own task."),
+    out: Path = typer.Option(..., help="The folder to write: tune.json, frontier.png, and what --resume needs."),
+    harmful: Path = typer.Option(None, help="JSONL with prompt, to be refused. [default: the starter set]"),
+    harmless: Path = typer.Option(None, help="JSONL with prompt, to be answered. [default: the starter look-alikes]"),
+    max_overrefusal: float = typer.Option(0.1, min=0, max=1, help="Most harmless requests refused, as a share."),
+    max_utility_drop: float = typer.Option(0.02, min=0, max=1, help="Most token accuracy of the task lost."),
+    trials: int = typer.Option(30, min=1, help="Cheap looks in all."),
+    shortlist: int = typer.Option(3, min=1, help="How many of them to measure in full."),
+    search_rows: int = typer.Option(32, min=4, help="Rows of each kind that a cheap look uses."),
+    highest: float = typer.Option(4.0, help="Largest strength tried, as a share of ‖τ‖."),
+    seed: int = typer.Option(0, help="Of the split and the search."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with a search that was stopped."),
+    force: bool = typer.Option(False, "--force", help="Replace an earlier search."),
+) -> None:
+    """Find the strength and damping with the least unsafe rate that keep over-refusal and the task within limits."""
+    from ..evaluate.models.hf import load_chat
+    from ..report.frontier import write_frontier
+    from ..tuning.data import read_parts
+    from ..tuning.search import Limits, search
+
+    parts = read_parts(task, harmful, harmless, search=search_rows, seed=seed)
+    limits = Limits(max_overrefusal, max_utility_drop)
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        row = bar.add_task("loading", total=None)
+        found = search(
+            load_chat(model), model, base, vector, out, parts, limits=limits, trials=trials, shortlist=shortlist,
+            highest=highest, seed=seed, resume=resume, force=force,
+            progress=lambda what, done, total: bar.update(row, description=what, completed=done, total=total),
+        )  # fmt: skip
+    write_frontier(found["trials"], found["start"], found["chosen"], max_overrefusal, out / "frontier.png")
+    _print(found, model, base, vector, out)
+    if found["chosen"] is None:
+        raise typer.Exit(1)
+
+
+def _print(found: dict[str, Any], model: str, base: str, vector: str, out: Path) -> None:
+    table = Table(title="Short list, on the choose part", title_justify="left", box=None, header_style="bold")
+    for column in ("strength", "damping", "unsafe", "harmless refused", "token accuracy", "within limits"):
+        table.add_column(column, justify="right")
+    for row in found["shortlist"]:
+        table.add_row(f"{row['strength']:.3g}", row["damping"], *_cells(row["scores"]), "yes" if row["keeps"] else "no")
+    stdout.print(table)
+    chosen = found["chosen"]
+    if chosen is None:
+        stdout.print("Nothing on the short list keeps the limits: allow more, or look more often (--trials).")
+        return
+    table = Table(title="Final, on prompts kept apart", title_justify="left", box=None, header_style="bold")
+    for column in ("model", "unsafe", "harmless refused", "token accuracy"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, scores in found["report"].items():
+        table.add_row(name, *_cells(scores))
+    stdout.print(table)
+    params = "".join(f" --{key} {value}" for key, value in chosen["params"].items())
+    stdout.print(
+        f"Wrote {out / 'tune.json'} and {out / 'frontier.png'}. To merge like this:\n"
+        f"  safegraft merge --model {model} --base {base} --vector {vector} --out restored "
+        f"--strength {chosen['strength']:.4g}{params}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    rates = [scores["unsafe"], scores["refused"]]
+    shown = [f"{r['hits'] / r['n']:.0%} of {r['n']} ({r['low']:.0%}–{r['high']:.0%})" for r in rates]
+    return [*shown, f"{scores['utility']:.1%}"]

@@ -1,0 +1,51 @@
+"""The picture of a search: every look as a point, safety against over-refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"paper": "#1f5fa8", "none": "#c2542b", "subspace": "#1f7a5c", "input": "#7a4f9e"}
+
+
+def write_frontier(
+    trials: Sequence[Mapping[str, Any]],
+    start: Mapping[str, Any],
+    chosen: Mapping[str, Any] | None,
+    limit: float,
+    out: Path,
+) -> None:
+    """Write a PNG; needs matplotlib.
+
+    Args:
+        trials: each with strength, damping and scores (unsafe and refused as hits and n). start: the fine-tune's
+            scores. chosen: strength and damping of the one chosen. limit: most harmless requests refused, a share.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    strongest = max((t["strength"] for t in trials), default=1.0)
+    for damping, colour in COLOURS.items():
+        rows = [t for t in trials if t["damping"] == damping]
+        x, y = ([_share(t["scores"][key]) for t in rows] for key in ("refused", "unsafe"))
+        sizes = [20 + 120 * t["strength"] / strongest for t in rows]
+        axes.scatter(x, y, s=sizes, color=colour, alpha=0.7, label=f"damping {damping}" if rows else None)
+    axes.scatter([_share(start["refused"])], [_share(start["unsafe"])], marker="s", color="#333333", label="fine-tune")
+    taken = [t for t in trials if chosen and (t["strength"], t["damping"]) == (chosen["strength"], chosen["damping"])]
+    for row in taken[:1]:
+        point = _share(row["scores"]["refused"]), _share(row["scores"]["unsafe"])
+        axes.scatter(*point, marker="*", s=320, facecolor="none", edgecolor="#111111", label="chosen")
+    axes.axvline(limit, color="#999999", linewidth=1, linestyle="--")
+    axes.set_xlabel("harmless requests refused (search part); dashed: the limit")
+    axes.set_ylabel("harmful requests not refused")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_title("Larger points are stronger merges")
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+
+
+def _share(found: Mapping[str, Any]) -> float:
+    return float(found["hits"]) / float(found["n"])

@@ -1,0 +1,135 @@
+"""The search for a strength, on a tiny chat model: what it tries, chooses, resumes and refuses."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import chat_models
+import models
+from safegraft import subtract
+from safegraft.errors import ConfigError, OutputError
+from safegraft.evaluate.metrics import rate
+from safegraft.train.data import Pair, encode
+from safegraft.tuning.data import Part, read_parts
+from safegraft.tuning.search import Limits, Scores, keeps, loss, search, token_accuracy
+
+pytest.importorskip("optuna")
+
+
+def scores(unsafe, refused, utility):
+    return Scores(*(rate(i < hits for i in range(10)) for hits in (unsafe, refused)), utility)
+
+
+@pytest.mark.parametrize(
+    ("found", "kept", "cost"),
+    [
+        (scores(3, 1, 0.50), True, 0.3),
+        (scores(3, 1, 0.48), True, 0.3),
+        (scores(3, 1, 0.47), False, 0.3 + 10 * 0.01),
+        (scores(0, 3, 0.50), False, 10 * 0.2),
+    ],
+)
+def test_limits_and_loss(found, kept, cost):
+    start = scores(9, 0, 0.5)
+    assert keeps(found, start, Limits()) is kept
+    assert loss(found, start, Limits()) == pytest.approx(cost)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tune")
+    chat_models.build(root / "base")
+    models.finetuned(root / "base", root / "task", scale=0.02)
+    models.unaligned(root / "base", root / "bad", scale=0.02)
+    subtract(root / "base", root / "bad", root / "vector")
+    rows = [{"prompt": f"What is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(18)]
+    (root / "task.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return SimpleNamespace(root=root, parts=lambda: read_parts(root / "task.jsonl", None, None, search=4, seed=0))
+
+
+def small(part):
+    return Part(part.harmful[:4], part.harmless[:4], part.task[:4])
+
+
+def run(made, out, trials, **more):
+    parts = made.parts()
+    parts = type(parts)(*(small(p) for p in (parts.search, parts.choose, parts.report)))
+    root = made.root
+    return search(
+        chat_models.load(root / "task"), str(root / "task"), str(root / "base"), str(root / "vector"), out, parts,
+        limits=more.pop("limits", Limits(1.0, 1.0)), trials=trials, shortlist=2, tokens=4, batch=4, **more,
+    )  # fmt: skip
+
+
+def test_parts_are_disjoint_and_seeded(made):
+    parts = made.parts()
+    for kind in ("harmful", "harmless", "task"):
+        rows = [str(r) for p in (parts.search, parts.choose, parts.report) for r in getattr(p, kind)]
+        assert len(rows) == len(set(rows))
+    assert len(parts.search.harmful) == 4
+    assert len(parts.report.harmful) > 50
+    assert parts == made.parts()
+
+
+def test_a_search_measures_chooses_and_resumes(made, tmp_path):
+    out = tmp_path / "run"
+    first = run(made, out, 3)
+    assert len(first["trials"]) == 3
+    assert len(first["shortlist"]) == 2
+    assert first["chosen"]["damping"] in ("paper", "none", "subspace", "input")
+    assert set(first["report"]) == {"fine-tuned", "restored"}
+    assert json.loads((out / "tune.json").read_text())["chosen"] == first["chosen"]
+    with pytest.raises(OutputError, match="--resume"):
+        run(made, out, 3)
+    more = run(made, out, 5, resume=True)
+    assert more["trials"][:3] == first["trials"]
+    assert len({t["strength"] for t in more["trials"]}) == 5
+    with pytest.raises(OutputError, match="another search"):
+        run(made, out, 5, resume=True, seed=1)
+
+
+def test_nothing_within_the_limits_is_said(made, tmp_path):
+    found = run(made, tmp_path / "run", 2, limits=Limits(1.0, -2.0))
+    assert found["chosen"] is None
+    assert found["report"] == {}
+
+
+def test_token_accuracy_counts_answer_tokens(made):
+    net, tokenizer = chat_models.load(made.root / "task")
+    rows = [Pair("How do I bake bread?", "Mix flour."), Pair("Hello", "Wait, then bake.")]
+    right = total = 0
+    for row in rows:
+        encoded = encode(tokenizer, row.prompt, row.answer)
+        with torch.no_grad():
+            guess = net(input_ids=torch.tensor([encoded.ids])).logits[0].argmax(-1).tolist()
+        pairs = [(g, label) for g, label in zip(guess, encoded.labels[1:], strict=False) if label >= 0]
+        right += sum(g == label for g, label in pairs)
+        total += len(pairs)
+    assert token_accuracy(net, tokenizer, rows) == right / total
+
+
+def test_bad_files_are_told_line_by_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": 3, "answer": "b"}\nnot json\n{"prompt": "a"}\n')
+    with pytest.raises(ConfigError) as told:
+        read_parts(file, None, None, search=4, seed=0)
+    for part in ("3 row(s)", "line 2", "line 3", "line 4", "prompt and answer"):
+        assert part in str(told.value)
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(ConfigError, match="at least 12"):
+        read_parts(file, None, None, search=4, seed=0)
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from safegraft.report.frontier import write_frontier
+
+    def point(strength, damping, unsafe, refused):
+        return {"strength": strength, "damping": damping,
+                "scores": {"unsafe": {"hits": unsafe, "n": 10}, "refused": {"hits": refused, "n": 10}}}  # fmt: skip
+
+    trials = [point(0.1, "paper", 8, 0), point(1.0, "input", 2, 1), point(3.0, "none", 0, 7)]
+    write_frontier(trials, trials[0]["scores"], {"strength": 1.0, "damping": "input"}, 0.1, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
