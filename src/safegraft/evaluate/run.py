@@ -62,10 +62,18 @@ class Subject:
 
 
 def about_model(place: str | Path) -> dict[str, Any]:
-    """What the manifest says of a model: its path, and the SHA-256 of its weights where it is a folder here."""
-    found = {"path": str(place)}
+    """What the manifest says of a model: its path, the SHA-256 of its weights where it is a folder here, and, where
+    Safegraft merged it, the method, the strength and how much was added to each tensor."""
+    found: dict[str, Any] = {"path": str(place)}
     if (Path(place) / "config.json").is_file():
         found["sha256"] = folder_digest(Path(place))
+    manifest = Path(place) / MANIFEST
+    if manifest.is_file():
+        held = json.loads(manifest.read_text(encoding="utf-8"))
+        ratios = {n: t["ratio"] for n, t in held.get("result", {}).get("tensors", {}).items() if "ratio" in t}
+        if ratios:
+            config = held["config"]
+            found["merge"] = {"method": config["method"], "strength": config["strength"], "ratios": ratios}
     return found
 
 

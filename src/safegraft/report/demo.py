@@ -38,7 +38,7 @@ def write_demo_report(results: Mapping[str, Any], target: Path) -> None:
             "results": results,
             "metrics": {name: title for name, (title, _) in _METRICS.items()},
             "charts": charts,
-            "heat": graft_map(results["merge"]["tensors"]),
+            "heat": graft_map({n: f["ratio"] for n, f in results["merge"]["tensors"].items()}),
             "seconds": sum(stage["seconds"] for stage in results["stages"]),
         },
     )
@@ -47,19 +47,18 @@ def write_demo_report(results: Mapping[str, Any], target: Path) -> None:
     partial.replace(target)
 
 
-def graft_map(tensors: Mapping[str, Mapping[str, float | None]]) -> Markup:
+def graft_map(ratios: Mapping[str, float | None], *, title: str = "Where the graft went") -> Markup:
     """The size of what the merge added beside what fine-tuning had changed, layer × module.
 
     Args:
-        tensors: per tensor name its figures, of which ``ratio`` = ‖w·s‖/‖τ‖ is shown (None counts as infinite).
+        ratios: per tensor name ‖w·s‖/‖τ‖; None counts as infinite.
     """
-    ratios = {n: float("inf") if f["ratio"] is None else f["ratio"] for n, f in tensors.items()}
-    rows, columns, values = layer_grid(ratios)
+    rows, columns, values = layer_grid({n: float("inf") if r is None else r for n, r in ratios.items()})
     return heatmap(
         rows,
         columns,
         values,
-        title="Where the graft went",
+        title=title,
         unit="‖w·s‖ / ‖τ‖",
         note="What the merge added to each weight, as a multiple of what fine-tuning had changed in it.",
         low=0.0,

@@ -8,7 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .html import bars, heatmap, page, render
+from .demo import graft_map
+from .html import bars, heatmap, page, render, scatter
 
 METRICS = {
     "unsafe": ("Unsafe answers", "Harmful requests answered instead of refused. Lower is safer."),
@@ -46,6 +47,7 @@ def html(found: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> st
     body = render(
         "evaluation.html.j2",
         {"models": found["models"], "table": _table(found), "charts": charts, "attacks": _attacks(found),
+         "frontier": _frontier(found), "grafts": _grafts(manifests),
          "heat": [h for metric in ("unsafe", "overrefusal") if (h := _heat(found, metric))],
          "comparisons": [_comparison(c) for c in found["comparisons"]], "examples": found["examples"],
          "runs": [_run(m) for m in manifests], "judge": found["judge"], "cut": cut},
@@ -106,9 +108,13 @@ def _groups(found: Mapping[str, Any], metric: str) -> list[tuple[str, list[Mappi
 
 
 def _bar(found: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
-    rate, models = cell["rate"], found["models"]
-    tone = "plain" if cell["model"] == models[0] else "good" if cell["model"] == models[-1] else "warn"
-    return {"label": cell["model"], "value": rate["hits"] / rate["n"], "tone": tone, **rate}
+    rate = cell["rate"]
+    return {"label": cell["model"], "value": rate["hits"] / rate["n"], "tone": _tone(found, cell["model"]), **rate}
+
+
+def _tone(found: Mapping[str, Any], model: str) -> str:
+    models = found["models"]
+    return "plain" if model == models[0] else "good" if model == models[-1] else "warn"
 
 
 def _attacks(found: Mapping[str, Any]) -> list[Markup]:
@@ -124,6 +130,33 @@ def _attacks(found: Mapping[str, Any]) -> list[Markup]:
         shown = [_bar(found, c) | {"label": told.get(c["attack"], c["attack"])} for c in rows]
         out.append(bars(f"Attack success: {model}", f"Unsafe answers under each attack. {NOTES}", shown))
     return out
+
+
+def _frontier(found: Mapping[str, Any]) -> Markup | None:
+    """Unsafe answers against utility, or against over-refusal where no task was measured; None for fewer than two."""
+    cells = {(c["model"], c["metric"]): c["rate"] for c in _overall(found)
+             if c["attack"] == "none" and c["judge"] in (found["judge"], "key")}  # fmt: skip
+    for metric, better in (("utility", "high"), ("overrefusal", "low")):
+        shown = [m for m in found["models"] if (m, "unsafe") in cells and (m, metric) in cells]
+        if len(shown) < 2:
+            continue
+        points = [{"label": m, "tone": _tone(found, m), "x": cells[m, metric], "y": cells[m, "unsafe"]} for m in shown]
+        corner = "right" if better == "high" else "left"
+        return scatter(
+            f"Safety against {METRICS[metric][0].lower()}",
+            f"Best is below on the {corner}. Dashed: the models that no other beats on both counts. {NOTES}",
+            points, x=METRICS[metric][0], y=METRICS["unsafe"][0], x_better=better,
+        )  # fmt: skip
+    return None
+
+
+def _grafts(manifests: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """For every merged model the heat map of what the merge added."""
+    merged = {m["label"]: m["merge"] for run in manifests for m in run["config"]["models"] if "merge" in m}
+    return [
+        graft_map(merge["ratios"], title=f"Where the graft went: {label}, {merge['method']} β {merge['strength']:g}")
+        for label, merge in merged.items()
+    ]
 
 
 def _heat(found: Mapping[str, Any], metric: str) -> Markup | None:

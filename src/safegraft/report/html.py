@@ -86,3 +86,61 @@ def bars(title: str, note: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
             of plain | warn | good.
     """
     return render("bars.html.j2", {"title": title, "note": note, "rows": rows})
+
+
+WIDTH, HEIGHT = 640, 420
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 16, 52
+APART = 18
+"""Labels of a scatter chart are at least so far from each other, in units of its view box."""
+
+
+def scatter(title: str, note: str, points: Sequence[Mapping[str, Any]], *, x: str, y: str, x_better: str) -> Markup:
+    """Points with whiskers both ways, and the frontier: those that no other beats on both axes.
+
+    Args:
+        points: each with ``label``, ``tone`` (see ``bars``) and two rates ``x`` and ``y``, mappings with hits, n, low
+            and high. Less is better on y. x, y: what the axes are. x_better: "high" or "low".
+    """
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def across(share: float) -> float:
+        return round(LEFT + share * (right - LEFT), 1)
+
+    def down(share: float) -> float:
+        return round(bottom - share * (bottom - TOP), 1)
+
+    placed = []
+    for p in points:
+        px, py = p["x"]["hits"] / p["x"]["n"], p["y"]["hits"] / p["y"]["n"]
+        ends = [f"{v:.0%}" for v in (px, p["x"]["low"], p["x"]["high"], py, p["y"]["low"], p["y"]["high"])]
+        told = f"{p['label']}: {x} {ends[0]} ({ends[1]} – {ends[2]}), {y} {ends[3]} ({ends[4]} – {ends[5]})"
+        end = px > 0.7
+        placed.append({
+            "label": p["label"], "tone": p["tone"], "told": told, "at": (px if x_better == "low" else -px, py),
+            "x": across(px), "y": down(py), "left": across(p["x"]["low"]), "right": across(p["x"]["high"]),
+            "top": down(p["y"]["high"]), "bottom": down(p["y"]["low"]),
+            "text_x": across(px) + (-12 if end else 12), "anchor": "end" if end else "start", "text_y": down(py) - 10,
+        })  # fmt: skip
+    edge = TOP + APART
+    for one in sorted(placed, key=lambda p: p["text_y"]):
+        one["text_y"] = max(one["text_y"], edge)
+        edge = one["text_y"] + APART
+    edge = bottom - 4
+    for one in sorted(placed, key=lambda p: p["text_y"], reverse=True):
+        one["text_y"] = min(one["text_y"], edge)
+        edge = one["text_y"] - APART
+    best = sorted(
+        (p for p in placed if not any(_beats(q["at"], p["at"]) for q in placed)), key=lambda p: (p["x"], p["y"])
+    )
+    ticks = [{"x": across(t / 4), "y": down(t / 4), "percent": 25 * t} for t in range(5)]
+    return render("scatter.html.j2", {
+        "title": title, "note": note, "points": placed, "ticks": ticks, "x": x, "y": y,
+        "width": WIDTH, "height": HEIGHT,
+        "box": {"left": LEFT, "right": right, "top": TOP, "bottom": bottom},
+        "frontier": " ".join(f"{p['x']},{p['y']}" for p in best) if len(best) > 1 else "",
+    })  # fmt: skip
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether ``one`` is no worse on both counts (less is better) and better on one."""
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
