@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from distilling import VARIANTS
-
 from safegraft.evaluate.metrics import holm, mcnemar, rate
 
 REFERENCE = {"ffn": "ffn-plain", "hybrid": "hybrid-plain"}
@@ -54,9 +53,8 @@ def main() -> None:
         loss = sum(start["loss"]) / len(start["loss"])
         print(f"\n### {task}\n")
         print("| vector | β | unsafe | over-refusal | loss | tokens right |\n" + "|---" * 6 + "|")
-        print(
-            f"| none (fine-tuned) | | {interval(unsafe(start))} | {interval(refused(start))} | {loss:.4f} | {start['right']:.1%} |"
-        )
+        bare = f"{interval(unsafe(start))} | {interval(refused(start))} | {loss:.4f} | {start['right']:.1%}"
+        print(f"| none (fine-tuned) | | {bare} |")
         done = [name for name in VARIANTS if (task, name) in cells]
         for name in done:
             row = cells[task, name]
