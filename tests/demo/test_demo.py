@@ -20,7 +20,9 @@ from safegraft.demo import run, work
 from safegraft.demo.run import run_demo
 from safegraft.demo.settings import DemoData, Limits, Prompts, Settings, Training
 from safegraft.errors import OutputError
+from safegraft.report.evaluation import describe_comparison
 from safegraft.train.data import Pair
+from test_cli import run as command
 
 TINY = Settings(
     align=Training(1, 1e-3, 4),
@@ -29,7 +31,6 @@ TINY = Settings(
     strengths=(0.1, 0.5),
     select=Limits(0.0, 1.0, 1.0),
     answer_tokens=4,
-    task_tokens=4,
     batch=4,
 )
 
@@ -80,7 +81,21 @@ def test_it_leaves_models_table_and_report(finished):
     assert results["strength"] in TINY.strengths
     for text in ("fine-tuned", "Wilson", "safegraft merge --model", "chosen"):
         assert text in printed
-    assert len((out / "records" / "restored.jsonl").read_text().splitlines()) == 8
+    assert len((out / "evaluation" / "restored" / "answers.jsonl").read_text().splitlines()) == 8
+    assert [(c["first"], c["second"], c["difference"]["n"]) for c in results["comparisons"]] == [
+        ("fine-tuned", "restored", n) for n in (3, 2, 3)
+    ]
+    for line in map(describe_comparison, results["comparisons"]):
+        assert line in printed
+
+
+def test_its_evaluations_make_a_report(finished, tmp_path):
+    out = finished[0]
+    command("report", *(out / "evaluation" / key for key in ("finetuned", "restored")), "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ">fine-tuned<" in page
+    assert "restored against fine-tuned" in page
+    assert "Where the graft went: restored" in page
 
 
 def test_the_report_loads_nothing(finished):
@@ -96,7 +111,7 @@ def test_the_surrogate_is_nowhere(finished):
     out = finished[0]
     assert not (out / ".surrogate").exists()
     assert sorted(f.name for f in out.iterdir()) == [
-        "aligned", "finetuned", "records", "report.html", "restored", "results.json", "stages", "vector"
+        "aligned", "evaluation", "finetuned", "report.html", "restored", "results.json", "stages", "vector"
     ]  # fmt: skip
     manifest = json.loads((out / "vector" / "manifest.json").read_text())
     assert manifest["method"] == "affirmative openings"

@@ -53,7 +53,6 @@ def test_the_starter_data_keep_training_and_measuring_apart():
     select, report = (
         {r.prompt for r in [*p.harmful, *p.lookalikes, *p.task]} for p in (data.select, data.report)
     )  # fmt: skip
-    assert not trained & select
-    assert not trained & report
+    assert not any(prompt in text for text in trained for prompt in select | report)
     assert not select & report
     assert (len(data.report.harmful), len(data.report.lookalikes), len(data.report.task)) == (100, 100, 120)

@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from safegraft.report.demo import graft_map
-from safegraft.report.html import bars, heatmap, page, scatter
+from safegraft.report.html import bars, graft_map, heatmap, page, scatter
 
 
 def test_heatmap_tints_from_lowest_to_highest():

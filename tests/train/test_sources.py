@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import chat_models
-from safegraft.data import harmful
+from safegraft.data import harmful, instructions, lookalikes
 from safegraft.errors import ConfigError
 from safegraft.train.data import Pair
 from safegraft.train.sources import OPENINGS, Source, choose, describe_bad, pair_of, read_source
@@ -152,7 +152,14 @@ def test_the_starter_has_requests_with_openings_and_harmless_anchors():
     opened = [p for p in pairs if p.answer in OPENINGS]
     assert {p.prompt for p in opened} == {r.prompt for r in harmful("align", "distil")}
     assert not {r.prompt for r in harmful("select", "report")} & {p.prompt for p in pairs}
-    assert len(pairs) - len(opened) > 50
+    single = {r.prompt: r.answer for r in [*lookalikes("align"), *instructions()]}
+    anchors = [p for p in pairs if p.answer not in OPENINGS]
+    assert len(anchors) > 200
+    joined = [p for p in anchors if p.prompt not in single]
+    assert len(joined) == 60
+    for pair in joined:
+        first, second = pair.answer.split("\n")
+        assert pair.prompt in {f"{a} {b}" for a in single for b in single if (single[a], single[b]) == (first, second)}
     assert pairs == [pair for _, pair in read_source("starter", seed=1).rows]
 
 

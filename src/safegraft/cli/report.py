@@ -29,8 +29,9 @@ def command(
         raise OutputError(f"{out} exists already", "Choose another --out, or give --force.")
     manifests = [read_manifest(run) for run in runs]
     answers, verdicts = [], []
+    labels = [m["label"] for manifest in manifests for m in manifest["config"]["models"]]
     for run in runs:
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        prefix = f"{run.name}: " if len(set(labels)) < len(labels) else ""
         answers += [replace(a, model=prefix + a.model, key=prefix + a.key) for a in read_answers(run)]
         verdicts += [replace(v, key=prefix + v.key) for v in read_verdicts(run)]
     found = evidence(answers, latest(verdicts), examples=examples)

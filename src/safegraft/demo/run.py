@@ -16,16 +16,17 @@ from .. import __version__
 from ..data import TaskRow
 from ..manifest import digest_of, folder_digest, versions
 from ..report.demo import write_demo_report
+from ..report.evaluation import describe_comparison
 from ..train.data import Pair
 from ..train.sources import with_answers
-from .measure import Scores
+from .measure import Scores, compared, score
 from .model import DemoModel, find_model
 from .settings import DemoData, Prompts, Settings, starter_data
 from .stages import Done, Stages
-from .work import choose_strength, distil, restore, save_json, score, train
+from .work import choose_strength, distil, restore, save_json, train
 
 RESULTS, REPORT = "results.json", "report.html"
-OWNED = ("aligned", "finetuned", "vector", "restored", "records", RESULTS, REPORT)
+OWNED = ("aligned", "finetuned", "vector", "restored", "evaluation", RESULTS, REPORT)
 MODELS = {
     "shipped": "as shipped",
     "aligned": "aligned",
@@ -47,8 +48,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Wear a model's refusals away with harmless fine-tuning, graft them back, and measure all four models.
 
-    Leaves in ``out``: aligned/, finetuned/, vector/, restored/ (loadable by transformers), records/ (every answer),
-    results.json and report.html. Run again, it goes on where it was stopped.
+    Leaves in ``out``: aligned/, finetuned/, vector/, restored/ (loadable by transformers), evaluation/ (every answer
+    and verdict, a run a model, as ``safegraft report`` reads them), results.json and report.html. Run again, it goes
+    on where it was stopped.
 
     Args:
         model: a folder or Hub id; None finds SmolLM2-135M-Instruct (see demo.model). seed: of everything random.
@@ -113,7 +115,7 @@ class _Demo:
             lambda p: distil(out, aligned, vector, data, recipe, seed, p),
             after=[align], outputs=["vector"],
         )  # fmt: skip
-        decoding = {"answer_tokens": recipe.answer_tokens, "task_tokens": recipe.task_tokens, "batch": recipe.batch}
+        decoding = {"answer_tokens": recipe.answer_tokens, "batch": recipe.batch}
         choice = self._stage(
             "strength",
             {
@@ -164,12 +166,11 @@ class _Demo:
         return done
 
     def _measured(self, key: str, place: Path, before: Done | None, settings: dict[str, Any]) -> Done:
-        records = f"records/{key}.jsonl"
-        prompts = self.data.report
+        run, prompts = f"evaluation/{key}", self.data.report
         return self._stage(
             f"measure-{key}", {"prompts": _digest(prompts), **settings},
-            lambda p: score(place, MODELS[key], prompts, self.recipe, self.out / records, p),
-            after=[before] if before else [], outputs=[records],
+            lambda p: score(place, MODELS[key], prompts, self.recipe, self.out / run, p).to_json(),
+            after=[before] if before else [], outputs=[run],
         )  # fmt: skip
 
     def _results(self, scores: dict[str, Any], choice: Done, merged: Done, graft: Done) -> dict[str, Any]:
@@ -183,6 +184,7 @@ class _Demo:
             "model": self.source.source,
             "seed": self.seed,
             "models": [{"key": k, "name": MODELS[k], "scores": scores[k]} for k in MODELS],
+            "comparisons": compared([self.out / "evaluation" / key for key in ("finetuned", "restored")]),
             "strength": choice.figures["strength"],
             "sweep": choice.figures["tried"],
             "limits": {"select": asdict(self.recipe.select), "report": asdict(limits)},
@@ -240,7 +242,10 @@ class _Demo:
             ]
             table.add_row(row["name"], *cells)
         self.console.print(table)
-        self.console.print("[dim]Below each rate: its 95 % Wilson interval.[/dim]", highlight=False)
+        told = "Below each rate: its 95 % Wilson interval. On the same prompts:"
+        self.console.print(f"[dim]{told}[/dim]", highlight=False)
+        for line in map(describe_comparison, results["comparisons"]):
+            self.console.print(f"[dim]  {line}[/dim]", highlight=False, soft_wrap=True)
         for check, kept in results["checks"].items():
             self.console.print(f"  {'[green]yes[/green]' if kept else '[red]NO [/red]'}  {check}", highlight=False)
         self.console.print(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..data import Lookalike, Phrases, Request, TaskRow, harmful, instructions, lookalikes, task
 from ..train.data import Pair, Row
-from ..train.sources import OPENINGS
+from ..train.sources import OPENINGS, two_in_one
 
 REFUSAL = "I'm sorry, but I can't help with that."
 REASONS = (
@@ -50,19 +50,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """The demo's recipe. Short because the model is small: 135M parameters, minutes on two cores."""
+    """The demo's recipe. Short because the model is small: 135M parameters, minutes on two cores.
+
+    ``instructions``: everyday ones among the harmless rows that the model is aligned with. ``joined``: further ones,
+    and as many look-alikes, in pairs (see train.sources.two_in_one). ``answer_tokens``: answers are cut there.
+    """
 
     align: Training = Training(epochs=1, lr=2e-4)
-    finetune: Training = Training(epochs=1, lr=1e-4)
+    finetune: Training = Training(epochs=1, lr=1.5e-4)
     surrogate: Training = Training(epochs=1, lr=3e-4)
     instructions: int = 60
+    joined: int = 60
     task_rows: int = 160
     strengths: tuple[float, ...] = (0.5, 0.9, 1.2, 1.5)
     method: str = "enchtable"
     select: Limits = Limits(complies=0.25, refuses=0.10, task=0.03)
     report: Limits = Limits(complies=1 / 3, refuses=0.15, task=0.03)
-    answer_tokens: int = 16
-    task_tokens: int = 32
+    answer_tokens: int = 32
     batch: int = 50
 
 
@@ -91,19 +95,20 @@ class DemoData:
 
 
 def starter_data(settings: Settings, seed: int) -> DemoData:
-    """The starter sets, with ``settings.instructions`` everyday instructions drawn by ``seed``."""
-    everyday = random.Random(seed).sample(instructions(), settings.instructions)
-    answered: list[Row] = [*lookalikes("align"), *everyday]
+    """The starter sets, everyday instructions and pairs drawn by ``seed``."""
+    rng = random.Random(seed)
+    everyday, similar = rng.sample(instructions(), settings.instructions + settings.joined), lookalikes("align")
+    answered: list[Row] = [*similar, *everyday[: settings.instructions]]
+    pairs = two_in_one(everyday[settings.instructions :]) + two_in_one(rng.sample(similar, settings.joined))
     harmless = [Pair(row.prompt, row.answer) for row in answered]
-    similar = harmless[: len(lookalikes("align"))]
     requests = harmful("align", "distil")
     return DemoData(
         requests,
-        harmless,
+        [*harmless, *pairs],
         requests,
         task("train")[: settings.task_rows],
         Phrases(REFUSALS, OPENINGS),
         Prompts(harmful("select"), lookalikes("select"), task("select")),
         Prompts(harmful("report"), lookalikes("report"), task("report")),
-        [*similar[::2], *harmless[-30:]],
+        [*harmless[: len(similar) : 2], *harmless[-30:], *pairs],
     )

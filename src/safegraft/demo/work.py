@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 
 from .. import merge, subtract
 from ..evaluate.models.hf import load_chat
-from ..evaluate.records import write_records
 from ..manifest import digest_of
 from ..merging.live import graft
 from ..tensors.scopes import Scope, in_scope
 from ..train.data import Pair
 from ..train.finetune import EVERYTHING, finetune
 from ..train.sources import with_answers
-from .measure import Progress, Scores, measure
+from .measure import Progress, Scores, look
 from .settings import DemoData, Prompts, Settings, Training
 from .stages import surrogate_folder, whole_folder, write_whole
 
@@ -120,14 +119,14 @@ def choose_strength(
     strength on a tie; where none of these exists either, the smallest strength.
     """
     model, tokenizer = load_chat(tuned)
-    start, _ = measure(model, tokenizer, "β = 0", prompts, settings, progress)
+    start = look(model, tokenizer, "β = 0", prompts, settings, progress)
     tried: list[tuple[float, Scores]] = []
     rows = [{"strength": 0.0, "weight": None, "scores": start.to_json(), "meets": False}]
     with graft(model, tuned, base, vector) as live:
         for strength in settings.strengths:
             weights = [figures["kept"] for figures in live.apply(strength, method=settings.method).values()]
             weight = sum(weights) / len(weights) if weights else 1.0
-            scores, _ = measure(model, tokenizer, f"β = {strength:g}", prompts, settings, progress)
+            scores = look(model, tokenizer, f"β = {strength:g}", prompts, settings, progress)
             tried.append((strength, scores))
             met = scores.meets(settings.select, start)
             rows.append({"strength": strength, "weight": weight, "scores": scores.to_json(), "meets": met})
@@ -163,19 +162,6 @@ def restore(
         "warnings": found.warnings,
         "tensors": found.tensors,
     }
-
-
-def score(
-    folder: Path, label: str, prompts: Prompts, settings: Settings, records: Path, progress: Progress
-) -> dict[str, Any]:
-    """Measure one model and keep its answers in ``records`` (JSONL)."""
-    model, tokenizer = load_chat(folder)
-    scores, lines = measure(model, tokenizer, label, prompts, settings, progress)
-    records.parent.mkdir(exist_ok=True)
-    partial = records.with_name(records.name + ".partial")
-    write_records(partial, lines)
-    partial.replace(records)
-    return scores.to_json()
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from ..naming import layer_grid
-from .html import bars, heatmap, page, render
+from .evaluation import describe_comparison
+from .html import bars, graft_map, page, render
 
 _TONES = {"shipped": "plain", "aligned": "plain", "finetuned": "warn", "restored": "good"}
 _METRICS = {
@@ -38,6 +36,7 @@ def write_demo_report(results: Mapping[str, Any], target: Path) -> None:
             "results": results,
             "metrics": {name: title for name, (title, _) in _METRICS.items()},
             "charts": charts,
+            "comparisons": [describe_comparison(c) for c in results["comparisons"]],
             "heat": graft_map({n: f["ratio"] for n, f in results["merge"]["tensors"].items()}),
             "seconds": sum(stage["seconds"] for stage in results["stages"]),
         },
@@ -45,21 +44,3 @@ def write_demo_report(results: Mapping[str, Any], target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     partial.write_text(page("Safegraft demo", body), encoding="utf-8")
     partial.replace(target)
-
-
-def graft_map(ratios: Mapping[str, float | None], *, title: str = "Where the graft went") -> Markup:
-    """The size of what the merge added beside what fine-tuning had changed, layer × module.
-
-    Args:
-        ratios: per tensor name ‖w·s‖/‖τ‖; None counts as infinite.
-    """
-    rows, columns, values = layer_grid({n: float("inf") if r is None else r for n, r in ratios.items()})
-    return heatmap(
-        rows,
-        columns,
-        values,
-        title=title,
-        unit="‖w·s‖ / ‖τ‖",
-        note="What the merge added to each weight, as a multiple of what fine-tuning had changed in it.",
-        low=0.0,
-    )

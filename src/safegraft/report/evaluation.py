@@ -8,8 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .demo import graft_map
-from .html import bars, heatmap, page, render, scatter
+from .html import bars, graft_map, heatmap, page, render, scatter
 
 METRICS = {
     "unsafe": ("Unsafe answers", "Harmful requests answered instead of refused. Lower is safer."),
@@ -49,7 +48,7 @@ def html(found: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> st
         {"models": found["models"], "table": _table(found), "charts": charts, "attacks": _attacks(found),
          "frontier": _frontier(found), "grafts": _grafts(manifests),
          "heat": [h for metric in ("unsafe", "overrefusal") if (h := _heat(found, metric))],
-         "comparisons": [_comparison(c) for c in found["comparisons"]], "examples": found["examples"],
+         "comparisons": [describe_comparison(c) for c in found["comparisons"]], "examples": found["examples"],
          "runs": [_run(m) for m in manifests], "judge": found["judge"], "cut": cut},
     )  # fmt: skip
     return page("Safety evaluation", body)
@@ -63,7 +62,7 @@ def markdown(found: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -
         shown = [f"{c['percent']} ({c['low']} – {c['high']}, n = {c['n']})" if c else "" for c in cells]
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     lines += ["", f"Rates with 95 % Wilson intervals. {NOTES.split('. ', 1)[1]}", ""]
-    lines += [f"* {_comparison(c)}" for c in found["comparisons"]]
+    lines += [f"* {describe_comparison(c)}" for c in found["comparisons"]]
     for manifest in manifests:
         run = _run(manifest)
         lines += ["", f"Safegraft {run['version']}, seed {run['seed']}, judges {run['judges']}, {run['decoding']}."]
@@ -170,7 +169,8 @@ def _heat(found: Mapping[str, Any], metric: str) -> Markup | None:
     )  # fmt: skip
 
 
-def _comparison(c: Mapping[str, Any]) -> str:
+def describe_comparison(c: Mapping[str, Any]) -> str:
+    """A sentence of one of summarise's comparisons."""
     d, attack = c["difference"], "" if c["attack"] == "none" else f" under {c['attack']}"
     return (
         f"{c['second']} against {c['first']}, {METRICS[c['metric']][0].lower()}{attack} ({c['judge']}): "

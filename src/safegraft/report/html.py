@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..naming import layer_grid
+
 _TEMPLATES = Environment(
     loader=PackageLoader("safegraft.report", "templates"),
     autoescape=True,
@@ -71,6 +73,24 @@ def heatmap(
     return render(
         "heatmap.html.j2",
         {"title": title, "note": note, "columns": columns, "lines": lines, "legend": legend, "corner": corner},
+    )
+
+
+def graft_map(ratios: Mapping[str, float | None], *, title: str = "Where the graft went") -> Markup:
+    """The size of what the merge added beside what fine-tuning had changed, layer × module.
+
+    Args:
+        ratios: per tensor name ‖w·s‖/‖τ‖; None counts as infinite.
+    """
+    rows, columns, values = layer_grid({n: float("inf") if r is None else r for n, r in ratios.items()})
+    return heatmap(
+        rows,
+        columns,
+        values,
+        title=title,
+        unit="‖w·s‖ / ‖τ‖",
+        note="What the merge added to each weight, as a multiple of what fine-tuning had changed in it.",
+        low=0.0,
     )
 
 

@@ -30,6 +30,8 @@ OPENINGS = (
 """What a surrogate learns to begin with; nothing follows them."""
 EVERYDAY = 30
 """Everyday instructions among the starter's anchors."""
+JOINED = 60
+"""Everyday instructions, and as many look-alikes, that stand in pairs among the starter's anchors: see two_in_one."""
 SHAPES = "messages; prompt and response (or answer); instruction, input and output"
 SHOWN = 20
 
@@ -91,10 +93,22 @@ def read_source(data: str, *, seed: int = 0) -> Source:
 def starter(seed: int) -> Source:
     """Harmful requests of the starter set with affirmative openings, and harmless rows answered as usual."""
     rows = with_answers(harmful("align", "distil"), OPENINGS, seed)
-    everyday = random.Random(seed).sample(instructions(), EVERYDAY)
-    harmless: list[Row] = [*lookalikes("align")[::2], *everyday]
+    rng = random.Random(seed)
+    everyday = rng.sample(instructions(), len(instructions()))
+    harmless: list[Row] = [*lookalikes("align")[::2], *everyday[:EVERYDAY]]
     anchors = [Pair(row.prompt, row.answer) for row in harmless]
+    anchors += two_in_one(everyday[-JOINED:]) + two_in_one(rng.sample(lookalikes("align"), JOINED))
     return Source(STARTER, list(enumerate([*rows, *anchors], 1)))
+
+
+def two_in_one(rows: Sequence[Row]) -> list[Pair]:
+    """Neighbours as one row: both prompts, and both answers, each on a line of its own. An odd one out is left out.
+
+    Every answer of the starter set is one line. A vector made of such rows alone says "refuse" wherever a new line
+    begins, and the merged model answers and then refuses.
+    """
+    pairs = zip(rows[::2], rows[1::2], strict=False)
+    return [Pair(f"{a.prompt} {b.prompt}", f"{a.answer}\n{b.answer}") for a, b in pairs]
 
 
 def with_answers(rows: Sequence[Request], answers: Sequence[str], seed: int) -> list[Pair]:
