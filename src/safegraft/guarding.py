@@ -19,8 +19,8 @@ from .evaluate.benchmarks import Loaded, load, load_task
 from .evaluate.judges.phrases import NAME, Phrases
 from .evaluate.models.hf import HfChatModel, load_chat
 from .evaluate.records import ChatModel, Sampling
-from .evaluate.run import BY_KEY, Subject, about_model, evaluate
-from .evaluate.summary import evidence
+from .evaluate.run import Subject, about_model, evaluate
+from .evaluate.summary import evidence, right
 from .merging.run import merge
 from .report.evaluation import write_report
 from .report.gate import Check, Limits, gate, overall, to_json
@@ -171,12 +171,8 @@ def _measure(
     )  # fmt: skip
     answers, verdicts = read_answers(run), latest(read_verdicts(run))
     write_report(evidence(answers, verdicts, examples=6), [read_manifest(run)], out / REPORT, reveal=False)
-    tasks = [a for a in answers if a.kind == "task"]
-    right = {
-        label: {a.id: verdicts[BY_KEY][a.key] == "correct" for a in tasks if a.model == label}
-        for label in (BEFORE, AFTER)
-    }
-    return gate(summary, limits, model=AFTER, baseline=right[BEFORE], right=right[AFTER])
+    before, after = (right(answers, verdicts, label) for label in (BEFORE, AFTER))
+    return gate(summary, limits, model=AFTER, baseline=before, right=after)
 
 
 def _subject(label: str, place: Path, batch: int) -> Subject:

@@ -51,7 +51,9 @@ import socket
 for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET6, ("::1", {port})),
                         (socket.AF_INET, ("1.1.1.1", 53))):
     try:
-        socket.create_connection(address, timeout=2) if family == socket.AF_INET else socket.socket(family).connect(address)
+        with socket.socket(family) as made:
+            made.settimeout(2)
+            made.connect(address)
         print("connected", address)
     except OSError as error:
         print("refused", error.strerror)
@@ -185,7 +187,7 @@ def test_through_a_user_namespace():
         "from safegraft.evaluate.utility import sandbox\n"
         "print(sandbox.passes('assert True'), sandbox.passes('assert False'),"
         " sandbox.passes('import socket; socket.create_connection((\"127.0.0.1\", 1))'),"
-        " sandbox.passes('open(\"/usr/new\", \"w\")'))"
+        ' sandbox.passes(\'open("/usr/new", "w")\'))'
     )
     weak = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", sys.executable, "-c", code]
     done = subprocess.run(weak, capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
 """Running what a model wrote: in a process without network, files, or much of anything else.
 
 Every program gets Linux namespaces of its own (``jail``): it sees no network, no other process, of the machine's files
-only the interpreter and system libraries, read-only, and may write to an empty folder in memory, which goes with it. CPU
-time, address space, processes, file sizes and descriptors are limited; the environment is empty; after the wall-clock
+only the interpreter and system libraries, read-only, and may write to an empty folder in memory, which goes with it.
+CPU time, address space, processes, file sizes and descriptors are limited; the environment is empty; after the wall-clock
 limit it is killed with everything it started. Where the kernel grants no such namespaces nothing is run.
 
 What this does not limit: all processes together (the limit of memory is each process's), and a hole in the kernel.
@@ -88,7 +88,7 @@ def run(
     if sys.platform != "linux":
         raise ConfigError(f"generated code cannot be shut in on {sys.platform}", WAY_OUT)
     with tempfile.TemporaryDirectory(prefix="safegraft-") as root, tempfile.TemporaryFile() as out:
-        os.chmod(root, 0o755)
+        Path(root).chmod(0o755)
         read, write = os.pipe()
         described = {
             "root": root, "command": list(command), "files": dict(files or {}), "report": write, "scratch": scratch,
