@@ -107,7 +107,8 @@ def command(
     with counting_bar() as report:
         summary = evaluate(
             subjects, loaded, judges, out, attacks=attacks, utility=utility,
-            sampling=Sampling(tokens, temperature), seed=seed, defense=defense, resume=resume, force=force, progress=report,
+            sampling=Sampling(tokens, temperature), seed=seed, defense=defense, resume=resume, force=force,
+            progress=report,
         )  # fmt: skip
     show(summary)
     stdout.print(f"Wrote {out}. To see it: safegraft report {out} --out report.html", highlight=False, soft_wrap=True)

@@ -20,6 +20,10 @@ CHUNK = 128
 """Requests asked and written at a time; the chunks follow from the task alone."""
 TOKENS = 256
 """New tokens where a task says nothing, as in the harness's own models."""
+FENCE = "```python\n"
+"""Where an answer is begun with this, the harness (0.4.13, mbpp_instruct) looks for the code in the three backquotes and
+the reply, and takes a first word right behind them, such as def, for the name of a language. So a reply is handed over
+from its new line on."""
 KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
@@ -129,7 +133,10 @@ def answer(row: dict[str, Any], arguments: Sequence[Any]) -> tuple[Thought, str,
     thought = split(row["text"], opened=begun and turns[-1].content.rstrip().endswith("<think>"))
     text = row["text"] if thought.outcome == "none" else thought.answer
     stops = [at for stop in _stops(arguments[1]) if (at := text.find(stop)) >= 0]
-    return thought, text[: min(stops, default=len(text))], bool(row["finished"] or stops)
+    text = text[: min(stops, default=len(text))]
+    if begun and turns[-1].content.endswith(FENCE) and not text.startswith("\n"):
+        text = "\n" + text
+    return thought, text, bool(row["finished"] or stops)
 
 
 def _stops(settings: dict[str, Any]) -> list[str]:

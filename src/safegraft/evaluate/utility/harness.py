@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class HarnessTask:
         folder.mkdir(parents=True, exist_ok=True)
         shown = f"{label}: {self.name}"
         chat = ChatLM(model, folder / REPLIES, (lambda done, n: progress(shown, done, n)) if progress else None)
+        for task in self.tasks.values():  # the draw goes on from model to model otherwise
+            task.set_fewshot_seed(self.seed)
         with _quiet():
             found: Any = lm_eval.evaluate(
                 chat, {"tasks": dict(self.tasks)}, limit=self.limit, bootstrap_iters=0, apply_chat_template=True,
@@ -98,7 +101,7 @@ class HarnessTask:
         key = key_of(label, self.name, ident, "none")
         return Scored(
             Answer(
-                key, label, self.name, ident, KIND, "" if task == self.name else task, "none", prompt,
+                key, label, self.name, ident, KIND, "" if len(self.tasks) == 1 else task, "none", prompt,
                 str(row["target"]), reply, text, thought.reasoning if thought else "",
                 thought.outcome if thought else "none", finished, tokens,
             ),
@@ -216,7 +219,6 @@ def _ready(
             raise ConfigError(f"{name} is of kind {kind}, which is no chat task", "Choose another task.")
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(seed)
         rows = task.eval_docs
         cases += len(rows) if limit is None else min(limit, len(rows))
         docs.append(_digest(rows))
@@ -280,14 +282,18 @@ def _shut_in() -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """The harness's log and bars are not ours; its warnings about what is done on purpose here are not shown."""
     import datasets
+    from lm_eval.api import task
+    from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    level, bars, bar = logger.level, datasets.are_progress_bars_disabled(), task.tqdm
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    task.tqdm = partial(tqdm, disable=True)
     try:
         yield
     finally:
         logger.setLevel(level)
+        task.tqdm = bar
         if not bars:
             datasets.enable_progress_bars()

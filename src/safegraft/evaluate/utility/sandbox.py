@@ -2,8 +2,9 @@
 
 Every program gets Linux namespaces of its own (``jail``): it sees no network, no other process, of the machine's files
 only the interpreter and system libraries, read-only, and may write to an empty folder in memory, which goes with it.
-CPU time, address space, processes, file sizes and descriptors are limited; the environment is empty; after the wall-clock
-limit it is killed with everything it started. Where the kernel grants no such namespaces nothing is run.
+CPU time, address space, processes, file sizes and descriptors are limited; nothing of our environment is passed on;
+after the wall-clock limit it is killed with everything it started. Where the kernel grants no such namespaces nothing
+is run.
 
 What this does not limit: all processes together (the limit of memory is each process's), and a hole in the kernel.
 """
