@@ -65,8 +65,19 @@ def markdown(found: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -
     for manifest in manifests:
         run = _run(manifest)
         lines += ["", f"Safegraft {run['version']}, seed {run['seed']}, judges {run['judges']}, {run['decoding']}."]
-        lines += [f"* {b['name']}: {b['cases']} prompts, SHA-256 `{b['sha256'][:16]}`" for b in run["benchmarks"]]
+        lines += [
+            f"* {b['name']}: {b['cases']} prompts{_tool(b)}, SHA-256 `{b['sha256'][:16]}`"
+            for b in manifest["config"]["benchmarks"]
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _tool(benchmark: Mapping[str, Any]) -> str:
+    """Which program asked or scored a task, and how many examples it gave."""
+    if "harness" in benchmark:
+        told = benchmark["harness"]
+        return f", lm-evaluation-harness {told['version']}, {told['shots']} examples, {benchmark['filter']}"
+    return f", EvalPlus {benchmark['evalplus']['version']}" if "evalplus" in benchmark else ""
 
 
 def _table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[dict[str, Any] | None]]]]:
@@ -168,7 +179,8 @@ def _run(manifest: Mapping[str, Any]) -> dict[str, Any]:
     heat = sampling["temperature"]
     return {
         "version": manifest["versions"]["safegraft"], "versions": manifest["versions"], "seed": manifest["seed"],
-        "judges": ", ".join(config["judges"]), "models": config["models"], "benchmarks": config["benchmarks"],
+        "judges": ", ".join(config["judges"]), "models": config["models"],
+        "benchmarks": [{**b, "source": b["source"] + _tool(b)} for b in config["benchmarks"]],
         "attacks": config["attacks"], "defense": config["defense"], "started": manifest["run"]["started"],
         "decoding": f"{f'temperature {heat:g}' if heat else 'greedy'}, {sampling['max_new_tokens']} new tokens",
     }  # fmt: skip

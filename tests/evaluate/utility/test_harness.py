@@ -3,12 +3,14 @@
 import gzip
 import json
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 import chat_models
+from safegraft.cli import app
 from safegraft.errors import ConfigError
 from safegraft.evaluate.answers import latest, read_answers, read_manifest, read_verdicts
 from safegraft.evaluate.models.hf import HfChatModel, load_chat
@@ -17,6 +19,7 @@ from safegraft.evaluate.run import Subject, evaluate, rejudge
 from safegraft.evaluate.summary import right
 from safegraft.evaluate.utility import chatlm, divide, harness, load, sandbox
 from safegraft.evaluate.utility.base import place
+from safegraft.evaluate.utility.quiet import quiet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -176,7 +179,7 @@ def test_the_harness_gives_the_same_with_its_own_model(data, tmp_path, tiny):
         task = harness.load(name, data=data, limit=size, tokens=12)
         task.measure("m", tiny, tmp_path / name, None)
         ours = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
-        with harness._quiet():
+        with quiet():
             theirs = lm_eval.evaluate(
                 HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=1), {"tasks": task.tasks}, limit=size,
                 apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0,
@@ -190,6 +193,14 @@ def test_the_harness_gives_the_same_with_its_own_model(data, tmp_path, tiny):
                 assert [r[0][0] for r in a["resps"]] == pytest.approx([r[0][0] for r in b["resps"]], abs=1e-3)
 
 
+def granted():
+    """Skips, with the reason, where the machine grants no sandbox."""
+    try:
+        sandbox.require()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
 CODE = {
     "def add(": "    return a + b\n```\nThat is it.",
     "def sub(": "    import sys\n    sys.exit(0)\n```",
@@ -198,10 +209,7 @@ CODE = {
 
 
 def test_generated_code_runs_in_the_sandbox_only(data, tmp_path, monkeypatch):
-    try:
-        sandbox.require()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    granted()
     ran = []
     run = sandbox.passes
     monkeypatch.setattr(sandbox, "passes", lambda program: ran.append(program) or run(program))
@@ -250,6 +258,20 @@ def test_what_cannot_be_had(data, tmp_path):
         harness.load("gsm8k", data=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="limit 0 is below 1"):
         load(["gsm8k"], data=data, limit=0)
+
+
+def test_any_other_task(monkeypatch):
+    """The whole index takes seconds to read; one folder of it stands for it here."""
+    from pathlib import Path
+
+    from lm_eval import tasks
+
+    folder = Path(tasks.__file__).parent / "gsm8k"
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False, include_path=folder))
+    with pytest.raises(ConfigError, match="has no task 'no_such_task'"):
+        load(["lm_eval:no_such_task"])
+    with pytest.raises(ConfigError, match="cannot load lm_eval:gsm8k"):
+        load(["lm_eval:gsm8k"])
 
 
 def test_a_group(tmp_path, monkeypatch):
@@ -331,3 +353,50 @@ def test_in_a_run(data, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="two benchmarks have one name"):
         evaluate([subject("m", again)], [], {}, tmp_path / "x", attacks={"none": None}, utility=tasks * 2,
                  sampling=Sampling())  # fmt: skip
+
+
+def inside(*arguments):
+    """A command within this process, which saves a start. Returns its exit status, None where it ended well."""
+    return app([str(a) for a in arguments], standalone_mode=False)
+
+
+def test_as_commands(data, tmp_path, capsys):
+    """evaluate, gate and report on two metrics and the models' own answers."""
+    model = chat_models.build(tmp_path / "tiny")
+    run, options = tmp_path / "run", ["--data", data, "--limit", 3, "--task-tokens", 4]
+    inside("evaluate", f"a={model}", f"b={model}", "--suite", "gsm8k", "--suite", "medmcqa", *options, "--out", run)
+    assert "exact_match" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert {(c["benchmark"], c["judge"], c["rate"]["n"]) for c in summary["cells"]} == {
+        ("gsm8k", "exact_match", 3), ("medmcqa", "acc", 3),
+    }  # fmt: skip
+    assert inside("gate", run, "--max-utility-drop", 0.02) == 2
+    assert "n 6" in capsys.readouterr().out
+    inside("report", run, "--out", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "Utility (exact_match)" in page
+    assert "Utility (acc)" in page
+    assert "Utility: gsm8k, exact_match" in page
+    inside("report", run, "--out", tmp_path / "r.md")
+    assert "lm-evaluation-harness 0.4" in (tmp_path / "r.md").read_text()
+    inside("utility", "list")
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("humaneval+", "gsm8k_train.jsonl", "minerva_math500"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--suite", "medmcqa", "--defense", "self_reminder"], "medmcqa compares the likelihoods of given answers"),
+        (["--suite", "medqa", "--backend", "vllm"], "which the backend vllm does not allow"),
+        (["--suite", "mbpp", "--backend", "vllm", "--allow-code-execution"], "mbpp begins the answer for the model"),
+        (["--suite", "mbpp+", "--allow-code-execution"], r"mbpp\+ needs EvalPlus"),
+        (["--suite", "mmlu_pro"], "cannot load mmlu_pro"),
+    ],
+)
+def test_bad_options_are_told_before_any_work(data, tmp_path, options, said):
+    if "--allow-code-execution" in options:
+        granted()
+    with pytest.raises(ConfigError, match=said):
+        inside("evaluate", f"m={tmp_path}", "--data", data, "--out", tmp_path / "c", *options)
+    assert not (tmp_path / "c").exists()

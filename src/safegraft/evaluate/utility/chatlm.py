@@ -21,9 +21,9 @@ CHUNK = 128
 TOKENS = 256
 """New tokens where a task says nothing, as in the harness's own models."""
 FENCE = "```python\n"
-"""Where an answer is begun with this, the harness (0.4.13, mbpp_instruct) looks for the code in the three backquotes and
-the reply, and takes a first word right behind them, such as def, for the name of a language. So a reply is handed over
-from its new line on."""
+"""Where an answer is begun with this, the harness (0.4.13, mbpp_instruct) looks for the code in the three backquotes
+and the reply, and takes a first word right behind them, such as def, for the name of a language. So a reply is handed
+over with a new line before it."""
 KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 

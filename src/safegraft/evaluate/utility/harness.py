@@ -7,14 +7,10 @@ sandbox's.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from ..answers import Answer, Judged, key_of
 from ..records import ChatModel
 from . import sandbox
 from .base import KIND, Progress, Scored, lines, save
+from .quiet import quiet, shut_in
 from .tasks import ANY, KNOWN, METRICS, Known, local_files, read_rows
 
 REPLIES, SAMPLES, RESULTS = "replies.jsonl", "samples.jsonl", "results.json"
@@ -61,7 +58,7 @@ class HarnessTask:
         chat = ChatLM(model, folder / REPLIES, (lambda done, n: progress(shown, done, n)) if progress else None)
         for task in self.tasks.values():  # the draw goes on from model to model otherwise
             task.set_fewshot_seed(self.seed)
-        with _quiet():
+        with quiet():
             found: Any = lm_eval.evaluate(
                 chat, {"tasks": dict(self.tasks)}, limit=self.limit, bootstrap_iters=0, apply_chat_template=True,
                 fewshot_as_multiturn=True, confirm_run_unsafe_code=True,
@@ -135,8 +132,10 @@ def load(
     manager, children = _definitions(name, known)
     local = local_files(known.files, data) if known else {}
     rows = {split: known.convert(read_rows(file, known.columns)) for split, file in local.items()} if known else {}
-    with _quiet(), _shut_in():
+    with quiet(), shut_in():
         tasks = _tasks(manager, name, known, children, rows)
+        if any("ifeval" in each for each in tasks):
+            _require_sentences(name)
         return _ready(name, known, tasks, local, limit, tokens, seed, allow_code)
 
 
@@ -149,6 +148,19 @@ def require_code(name: str, allowed: bool) -> None:
     sandbox.require()
 
 
+def _require_sentences(name: str) -> None:
+    """IFEval counts sentences with NLTK's model, which the harness tries to download when its task is loaded."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise ConfigError(
+            f"{name} needs NLTK's punkt_tab, which is not here and could not be downloaded",
+            "Where there is a network: python -m nltk.downloader punkt_tab; then copy ~/nltk_data here.",
+        ) from error
+
+
 def _definitions(name: str, known: Known | None) -> tuple[Any, list[str]]:
     """The harness's manager, and the names of the tasks in a group."""
     try:
@@ -158,7 +170,7 @@ def _definitions(name: str, known: Known | None) -> tuple[Any, list[str]]:
             f"{name} needs lm-evaluation-harness", "Install it: pip install 'safegraft[eval]'."
         ) from error
     assert tasks.__file__
-    with _quiet():
+    with quiet():
         if known:
             manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / known.folder)
         else:
@@ -257,43 +269,3 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("lm_eval")
-
-
-@contextlib.contextmanager
-def _shut_in() -> Iterator[None]:
-    """While tasks are loaded, the metric ``code_eval`` is the sandbox's; modules that hold another are loaded anew."""
-    import evaluate
-
-    before = evaluate.load
-
-    def load(path: str, *arguments: Any, **settings: Any) -> Any:
-        return sandbox.CodeEval() if path == "code_eval" else before(path, *arguments, **settings)
-
-    for module in [m for m in sys.modules if m.startswith("lm_eval.tasks.") and m.endswith(".utils")]:
-        del sys.modules[module]
-    evaluate.load = load
-    try:
-        yield
-    finally:
-        evaluate.load = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness's log and bars are not ours; its warnings about what is done on purpose here are not shown."""
-    import datasets
-    from lm_eval.api import task
-    from tqdm import tqdm
-
-    logger = logging.getLogger("lm_eval")
-    level, bars, bar = logger.level, datasets.are_progress_bars_disabled(), task.tqdm
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    task.tqdm = partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        task.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
