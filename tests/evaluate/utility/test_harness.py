@@ -4,6 +4,7 @@ import gzip
 import json
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -231,8 +232,14 @@ def test_code_needs_to_be_allowed(data, monkeypatch):
         with pytest.raises(ConfigError, match=f"{name} runs code that the model wrote") as caught:
             load([name, "gsm8k"], data=data)
         assert "--allow-code-execution" in caught.value.hint
-    with pytest.raises(ConfigError, match="lm_eval:mbpp runs code"):
-        harness._ready("lm_eval:mbpp", None, {"mbpp": type("T", (), {"UNSAFE_CODE": True})()}, {}, None, None, 0, False)
+    own = SimpleNamespace(UNSAFE_CODE=True, get_config={"process_results": write}.get)  # a scorer without code_eval
+    ready = partial(harness._ready, "lm_eval:own", None, {"own": own}, {}, None, None, 0)
+    with pytest.raises(ConfigError, match="lm_eval:own runs code"):
+        ready(False)
+    monkeypatch.setattr(sandbox, "require", lambda: None)
+    with pytest.raises(ConfigError, match="by a program of its own, which cannot be shut in"):
+        ready(True)
+    monkeypatch.undo()
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     sandbox.require.cache_clear()
     with pytest.raises(ConfigError, match="cannot be shut in on darwin"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,6 +220,11 @@ def _ready(
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             require_code(name, allow_code)
+            if not _shut_in(task):
+                raise ConfigError(
+                    f"{name} runs what the model wrote by a program of its own, which cannot be shut in",
+                    "Choose another task.",
+                )
         kind = task.OUTPUT_TYPE
         if kind == "generate_until":
             if tokens is not None:
@@ -244,6 +250,14 @@ def _ready(
                     "shots": first.get_config("num_fewshot"), "limit": limit, "tokens": tokens},
     }  # fmt: skip
     return HarnessTask(name, metric, chosen, about, frozenset(needs), tasks, limit, seed)
+
+
+def _shut_in(task: Any) -> bool:
+    """Whether all that scores a task runs code through the metric that ``quiet.shut_in`` puts in code_eval's place."""
+    scorers = [task.get_config("process_results"), *(m["metric"] for m in task.get_config("metric_list") or [])]
+    own = [scorer for scorer in scorers if callable(scorer)]
+    known = [any(isinstance(x, sandbox.CodeEval) for x in vars(sys.modules[f.__module__]).values()) for f in own]
+    return bool(known) and all(known)
 
 
 def _score(name: str, task: Any) -> tuple[str, str]:
