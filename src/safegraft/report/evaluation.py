@@ -76,7 +76,8 @@ def _tool(benchmark: Mapping[str, Any]) -> str:
     """Which program asked or scored a task, and how many examples it gave."""
     if "harness" in benchmark:
         told = benchmark["harness"]
-        return f", lm-evaluation-harness {told['version']}, {told['shots']} examples, {benchmark['filter']}"
+        most = f", {told['tokens']} new tokens" if told["tokens"] else ""
+        return f", lm-evaluation-harness {told['version']}, {told['shots']} examples, {benchmark['filter']}{most}"
     return f", EvalPlus {benchmark['evalplus']['version']}" if "evalplus" in benchmark else ""
 
 

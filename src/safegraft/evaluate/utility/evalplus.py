@@ -43,6 +43,8 @@ REPLIES, SAMPLES, PROBLEMS = "replies.jsonl", "samples.jsonl", "problems.jsonl"
 CLEAN, RESULTS, LOG = "samples-sanitized.jsonl", "eval_results.json", "evalplus.log"
 LIMITS = {"CPU": 3600, "AS": 4 << 30, "NPROC": 64, "NOFILE": 1024, "FSIZE": 512 * sandbox.MEGABYTE}
 """Of EvalPlus's own process; it limits each program that it runs to 4 GB and by time as well."""
+SCRATCH = 1 << 30
+"""Bytes of /tmp: EvalPlus keeps the expected outputs there."""
 SECONDS_EACH, SECONDS = 120.0, 600.0
 """Wall clock: for each problem, and beside."""
 
@@ -197,7 +199,7 @@ class PlusTask:
                 done = sandbox.run(
                     [str(python_of(self.environment)), "-I", "-B", "-m", f"evalplus.{module}", *options],
                     readable=[self.environment, *_interpreter(self.environment)], writable=[place], limits=LIMITS,
-                    environment=environment, seconds=SECONDS + SECONDS_EACH * len(self.problems),
+                    environment=environment, scratch=SCRATCH, seconds=SECONDS + SECONDS_EACH * len(self.problems),
                 )  # fmt: skip
                 said += f"evalplus.{module}: status {done.status}\n{done.stdout}{done.stderr}\n"
                 if done.status != 0:
