@@ -22,7 +22,7 @@ class Known:
     Attributes:
         task: its name there. folder: where its definition lies there. metric, filter: the score that is taken.
         files: by split, names it has as a local file; columns: what its rows must have. convert: from such rows to the
-            harness's. code: it runs what the model wrote. extra: what has to be installed beside ``eval``.
+            harness's. code: it runs what the model wrote. without: settings that name splits the files do not have.
     """
 
     task: str
