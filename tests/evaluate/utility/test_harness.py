@@ -87,7 +87,7 @@ class Scripted:
 GSM8K = {
     "Tom": "3 + 4 = 7\n#### 7",
     "Ann": "<think>9 - 5 is 4. Question: sure?</think>It is 4 pens.\nQuestion: 99?",
-    "box": "It is 23.",
+    "box": "It is\u2028\x85 23.",  # ends of lines to str.splitlines, not to JSON Lines
     "Sam": "<think>1000 and 500 makes 1500",
 }
 
@@ -108,7 +108,7 @@ def test_a_generated_answer_is_scored_by_the_harness(data, tmp_path):
     assert (sam.judged, sam.thinking) == ("", "truncated")
     kept = json.loads((tmp_path / "results.json").read_text())["results"]["gsm8k"]
     assert (kept["exact_match,flexible-extract"], kept["exact_match,strict-match"]) == (0.5, 0.25)
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().split("\n") if line]
     assert len(samples) == 8  # two filters
 
 
@@ -179,7 +179,7 @@ def test_the_harness_gives_the_same_with_its_own_model(data, tmp_path, tiny):
     for name, size in (("gsm8k", 2), ("medqa", 2)):
         task = harness.load(name, data=data, limit=size, tokens=12)
         task.measure("m", tiny, tmp_path / name, None)
-        ours = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        ours = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().split("\n") if line]
         with quiet():
             theirs = lm_eval.evaluate(
                 HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=1), {"tasks": task.tasks}, limit=size,
@@ -407,3 +407,15 @@ def test_bad_options_are_told_before_any_work(data, tmp_path, options, said):
     with pytest.raises(ConfigError, match=said):
         inside("evaluate", f"m={tmp_path}", "--data", data, "--out", tmp_path / "c", *options)
     assert not (tmp_path / "c").exists()
+
+
+def test_the_docs_name_every_task_and_file():
+    from pathlib import Path
+
+    from safegraft.evaluate.utility.tasks import KNOWN, PLUS, SUITES
+
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    files = [names[0] for known in KNOWN.values() for names in known.files.values()] + [p[1][0] for p in PLUS.values()]
+    tasks = [known.task for known in KNOWN.values()]
+    assert [name for name in (*SUITES, *KNOWN, *PLUS, *tasks, *files) if name not in page] == []
+    assert {name for names in SUITES.values() for name in names} == {*KNOWN, *PLUS}

@@ -85,6 +85,13 @@ def _safe(name: str) -> str:
     return plain if plain == name else f"{plain}-{digest_of(name)[:8]}"
 
 
+def journal(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file that is appended to; a last line that a kill left without its end is cut off."""
+    mend(file)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def save(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = file.with_name(file.name + ".partial")

@@ -11,10 +11,10 @@ from lm_eval.api.model import LM
 
 from ...errors import ConfigError
 from ...manifest import digest_of
-from ..answers import mend
 from ..models.hf import HfChatModel
 from ..records import ChatModel, Conversation, Message, Reply, Sampling
 from ..thinking import Thought, split
+from .base import journal as read_journal
 
 CHUNK = 128
 """Requests asked and written at a time; the chunks follow from the task alone."""
@@ -43,9 +43,7 @@ class ChatLM(LM):  # type: ignore[misc]
     def __init__(self, model: ChatModel, journal: Path, progress: Callable[[int, int], None] | None = None) -> None:
         super().__init__()
         self.model, self.journal, self.progress = model, journal, progress
-        mend(journal)
-        rows = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        self.held: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, rows)}
+        self.held = {row["key"]: row for row in read_journal(journal)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation itself. A begun answer is its last turn."""

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, OutputError
-from ..answers import Answer, Judged, key_of, mend
+from ..answers import Answer, Judged, key_of
 from ..records import ChatModel, Reply, Sampling, ask
 from ..thinking import split
 from . import sandbox
-from .base import KIND, Progress, Scored, lines, save
+from .base import KIND, Progress, Scored, journal, lines, save
 from .harness import require_code
 from .tasks import PLUS, local_files, read_rows
 
@@ -159,10 +159,8 @@ class PlusTask:
             out.append(Scored(answer, Judged(key, METRIC, right)))
         return out
 
-    def _replies(self, label: str, model: ChatModel, journal: Path, progress: Progress | None) -> dict[str, Reply]:
-        mend(journal)
-        rows = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        held = {row["task_id"]: Reply(row["text"], row["tokens"], row["finished"]) for row in map(json.loads, rows)}
+    def _replies(self, label: str, model: ChatModel, kept: Path, progress: Progress | None) -> dict[str, Reply]:
+        held = {row["task_id"]: Reply(row["text"], row["tokens"], row["finished"]) for row in journal(kept)}
         for start in range(0, len(self.problems), CHUNK):
             part = self.problems[start : start + CHUNK]
             if any(p["task_id"] not in held for p in part):
@@ -170,7 +168,7 @@ class PlusTask:
                     [ask(ASKED.format(problem=p["prompt"].strip())) for p in part], Sampling(self.tokens)
                 )
                 fresh = {p["task_id"]: r for p, r in zip(part, made, strict=True) if p["task_id"] not in held}
-                with journal.open("a", encoding="utf-8") as file:
+                with kept.open("a", encoding="utf-8") as file:
                     file.write(lines([{"task_id": i, "text": r.text, "tokens": r.tokens, "finished": r.finished}
                                       for i, r in fresh.items()]))  # fmt: skip
                 held |= fresh
