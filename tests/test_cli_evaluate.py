@@ -103,6 +103,9 @@ def test_attacks_and_defences(model, tmp_path):
         (["--base-url", "http://localhost:1"], "is for --backend"),
         (["--judge", "nobody"], "no judge 'nobody'"),
         (["--suite", "startr"], "no benchmark 'startr'"),
+        (["--suite", "all"], "cannot get catqa"),
+        (["--suite", "humaneval"], "humaneval runs code that the model wrote"),
+        (["--suite", "starter", "--suite", "evalplus"], r"humaneval\+ runs code that the model wrote"),
     ],
 )
 def test_bad_options_are_told_before_any_work(model, tmp_path, options, said):

@@ -53,6 +53,20 @@ def test_with_a_strength_given(made, tmp_path):
     assert strict.outcome == "fail"
 
 
+def test_utility_tasks_count_with_the_own_task(made, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"#### {n + 1}"} for n in range(8)]
+    for name in ("test", "train"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"gsm8k_{name}.jsonl").write_text(text, encoding="utf-8")
+    options = QUICK | {"suites": ["starter", "gsm8k"], "data": tmp_path, "limit": 2, "tokens": 2}
+    found = guard(*made.inputs, tmp_path / "out", **made.task, strength=0.5, **options)
+    assert next(c.n for c in found.checks if c.name == "utility drop") == 15 + 2
+    with pytest.raises(ConfigError, match="humaneval runs code"):
+        guard(*made.inputs, tmp_path / "no", **made.task, strength=0.5, suites=["humaneval"], data=tmp_path)
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_strength_is_searched(made, tmp_path):
     found = guard(*made.inputs, tmp_path / "out", **made.task, trials=2, **QUICK)
     chosen = json.loads((tmp_path / "out" / "tuning" / "tune.json").read_text())["chosen"]

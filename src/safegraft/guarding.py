@@ -15,12 +15,15 @@ from transformers import TrainerCallback
 from .data import harmful, lookalikes
 from .errors import ConfigError, OutputError
 from .evaluate.answers import latest, read_answers, read_manifest, read_verdicts
-from .evaluate.benchmarks import Loaded, load, load_task
+from .evaluate.benchmarks import Loaded, expand, load, load_task
 from .evaluate.judges.phrases import NAME, Phrases
 from .evaluate.models.hf import HfChatModel, load_chat
 from .evaluate.records import ChatModel, Sampling
-from .evaluate.run import BY_KEY, Subject, about_model, evaluate
-from .evaluate.summary import evidence
+from .evaluate.run import Subject, about_model, evaluate
+from .evaluate.summary import evidence, right
+from .evaluate.utility import divide
+from .evaluate.utility import load as load_utility
+from .evaluate.utility.base import Utility
 from .merging.run import merge
 from .report.evaluation import write_report
 from .report.gate import Check, Limits, gate, overall, to_json
@@ -56,6 +59,7 @@ def guard(
     strength: float | None = None,
     limits: Limits | None = None,
     limit: int | None = None,
+    allow_code: bool = False,
     trials: int = 20,
     tokens: int = 64,
     batch: int = 32,
@@ -73,7 +77,8 @@ def guard(
         model, base, vector: see merge. task: JSONL with prompt, answer and key: rows of the fine-tune's own task that
             it was not trained on; half of the rows are for the search (it reads answers: token accuracy), half for the
             evaluation (it looks for keys).
-        suites, data, limit: what to measure, see evaluate.benchmarks.load. strength: taken as it is, nothing searched.
+        suites, data, limit, allow_code: what to measure, see evaluate.benchmarks.load and evaluate.utility.load; right
+            answers to utility tasks count with those to ``task``. strength: taken as it is, nothing searched.
         limits: 5 % unsafe, 10 % over-refusal and 2 % of right answers lost, if not given.
 
     Raises:
@@ -81,7 +86,9 @@ def guard(
     """
     out, limits = Path(out), limits or Limits(0.05, 0.1, 0.02)
     lines = _task_lines(Path(task))
-    loaded = [load(name, data=data, limit=limit, seed=seed) for name in suites]
+    names, tasks = divide(suites)
+    loaded = [load(name, data=data, limit=limit, seed=seed) for name in expand(names)]
+    utility = load_utility(tasks, data=data, limit=limit, seed=seed, allow_code=allow_code)
     _claim(out, resume=resume, force=force)
     searched, measured = _halves(lines, Path(task).name, out)
     params: dict[str, Any] = {}
@@ -94,7 +101,7 @@ def guard(
     if not (out / RESTORED / "manifest.json").exists():
         merge(model, vector, out / RESTORED, base=base, strength=strength, params=params, scope=scope,
               resume=(out / f"{RESTORED}.partial").exists(), progress=progress)  # fmt: skip
-    checks = _measure(model, out, [*loaded, measured], limits, tokens, batch, seed, progress)
+    checks = _measure(model, out, [*loaded, measured], utility, limits, tokens, batch, seed, progress)
     (out / GATE).write_text(to_json(checks), encoding="utf-8")
     return Guarded(overall(checks), strength, params, checks)
 
@@ -160,23 +167,19 @@ def _search(
 
 
 def _measure(
-    model: str | Path, out: Path, loaded: Sequence[Loaded], limits: Limits, tokens: int, batch: int, seed: int,
-    progress: Progress | None,
+    model: str | Path, out: Path, loaded: Sequence[Loaded], utility: Sequence[Utility], limits: Limits, tokens: int,
+    batch: int, seed: int, progress: Progress | None,
 ) -> list[Check]:  # fmt: skip
     run = out / MEASURED
     subjects = [_subject(BEFORE, Path(model), batch), _subject(AFTER, out / RESTORED, batch)]
     summary = evaluate(
-        subjects, loaded, {NAME: Phrases()}, run, attacks={"none": None}, sampling=Sampling(tokens), seed=seed,
-        resume=run.exists(), progress=progress,
+        subjects, loaded, {NAME: Phrases()}, run, attacks={"none": None}, utility=utility,
+        sampling=Sampling(tokens), seed=seed, resume=run.exists(), progress=progress,
     )  # fmt: skip
     answers, verdicts = read_answers(run), latest(read_verdicts(run))
     write_report(evidence(answers, verdicts, examples=6), [read_manifest(run)], out / REPORT, reveal=False)
-    tasks = [a for a in answers if a.kind == "task"]
-    right = {
-        label: {a.id: verdicts[BY_KEY][a.key] == "correct" for a in tasks if a.model == label}
-        for label in (BEFORE, AFTER)
-    }
-    return gate(summary, limits, model=AFTER, baseline=right[BEFORE], right=right[AFTER])
+    before, after = (right(answers, verdicts, label) for label in (BEFORE, AFTER))
+    return gate(summary, limits, model=AFTER, baseline=before, right=after)
 
 
 def _subject(label: str, place: Path, batch: int) -> Subject:

@@ -25,6 +25,7 @@ from . import (
     push,
     report,
     tune,
+    utility,
     vector,
     verify,
 )
@@ -54,6 +55,7 @@ app.command("methods")(methods.command)
 app.add_typer(vector.app, name="vector")
 app.add_typer(attack.app, name="attack")
 app.add_typer(judges.app, name="judges")
+app.add_typer(utility.app, name="utility")
 app.command("demo")(demo.command)
 
 

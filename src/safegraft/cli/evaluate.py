@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from .console import counting_bar, stdout, warn
 if TYPE_CHECKING:
     from ..evaluate.records import ChatModel, Judge
     from ..evaluate.run import Attacks, Subject
+    from ..evaluate.utility.base import Utility
 
 NEEDED = {
     "translations": "a language: translation:LANG",
@@ -24,6 +25,8 @@ NEEDED = {
 }
 VLLM = "http://localhost:8000/v1"
 """Where `vllm serve` answers unless told otherwise."""
+ALL = ("starter", "safety", "overrefusal", "jailbreak", "utility")
+"""Behind the suite all. What runs generated code is asked for by name."""
 SHOWN = {"unsafe": "unsafe", "overrefusal": "over-refusal", "utility": "utility"}
 
 
@@ -33,11 +36,17 @@ def command(
     ),
     out: Path = typer.Option(..., help="The folder to write: answers, verdicts, summary, manifest."),
     suite: list[str] = typer.Option(
-        None, help="starter, safety, overrefusal, multilingual, or a benchmark. [default: starter]"
+        None,
+        help="starter, safety, overrefusal, multilingual, jailbreak, utility, code, evalplus, all, or the name of a "
+        "benchmark or task; see `safegraft utility list`. [default: starter]",
     ),
-    data: Path = typer.Option(None, help="A folder with benchmark files; what is not there comes from the Hub."),
+    data: Path = typer.Option(
+        None, help="A folder with files of benchmarks and tasks; what is not there comes from the Hub."
+    ),
     task: list[Path] = typer.Option(None, help="Utility: JSONL with prompt and key (words a right answer holds)."),
-    limit: int = typer.Option(None, min=1, help="At most this many prompts of a kind in each benchmark."),
+    limit: int = typer.Option(
+        None, min=1, help="At most this many prompts of a kind in each benchmark; the first rows of a task."
+    ),
     judge: list[str] = typer.Option(
         None, help="Who tells unsafe from safe: NAME[:MODEL][@URL], see `safegraft judges list`. [default: phrases]"
     ),
@@ -57,6 +66,15 @@ def command(
     ),
     base_url: str = typer.Option(None, help="Such as http://localhost:8000/v1 (vllm's default)."),
     tokens: int = typer.Option(256, min=1, help="New tokens of an answer."),
+    task_tokens: int = typer.Option(
+        None, min=1, help="New tokens of an answer to utility tasks. [default: each's own]"
+    ),
+    allow_code: bool = typer.Option(
+        False, "--allow-code-execution", help="Code tasks may run what a model wrote, shut in a sandbox; see the docs."
+    ),
+    evalplus: Path = typer.Option(
+        None, help="What `safegraft utility evalplus --setup` made, for humaneval+ and mbpp+."
+    ),
     temperature: float = typer.Option(0.0, min=0, help="0 decodes greedily."),
     batch: int = typer.Option(32, min=1, help="Answers at a time."),
     seed: int = typer.Option(0, help="Of the draw under --limit, of attacks, and of sampling."),
@@ -67,22 +85,30 @@ def command(
     from ..evaluate.benchmarks import expand, load, load_task
     from ..evaluate.records import Sampling
     from ..evaluate.run import evaluate
+    from ..evaluate.utility import divide
+    from ..evaluate.utility import load as load_utility
 
-    names = list(suite or ([] if task else ["starter"]))
+    names = [each for name in suite or ([] if task else ["starter"]) for each in (ALL if name == "all" else [name])]
     if "jailbreak" in names:
         names = ["starter" if name == "jailbreak" else name for name in names]
         attack = attack or ["all"]
+    names, tasks = divide(names)
     wanted = expand(names)
     judges = _judges(judge or ["phrases"])
     subjects = [_subject(one, batch, defense, _server(backend, base_url)) for one in models]
     loaded = [load(name, data=data, limit=limit, seed=seed) for name in wanted]
     loaded += [load_task(file, limit=limit) for file in task or []]
     prompts = {case.id: case.prompt for one in loaded for case in one.cases if case.kind == "harmful"}
+    utility = load_utility(
+        tasks, data=data, limit=limit, tokens=task_tokens, seed=seed, allow_code=allow_code, evalplus=evalplus
+    )
+    _check_needs(utility, backend, defense)
     attacks = _attacks(attack or [], attack_file, prompts, data, next(iter(judges.values())))
     with counting_bar() as report:
         summary = evaluate(
-            subjects, loaded, judges, out, attacks=attacks, sampling=Sampling(tokens, temperature), seed=seed,
-            defense=defense, resume=resume, force=force, progress=report,
+            subjects, loaded, judges, out, attacks=attacks, utility=utility,
+            sampling=Sampling(tokens, temperature), seed=seed, defense=defense, resume=resume, force=force,
+            progress=report,
         )  # fmt: skip
     show(summary)
     stdout.print(f"Wrote {out}. To see it: safegraft report {out} --out report.html", highlight=False, soft_wrap=True)
@@ -115,7 +141,8 @@ def show(summary: dict[str, Any]) -> None:
     for name, found in summary["cut_off"].items():
         if found["cut"] > found["n"] // 2:
             said = f"{found['cut']} of {found['n']} answers to {name} were cut off before they ended"
-            warn([f"{said}: what comes later is not judged, and a key may come later. Raise --tokens."])
+            raised = "--tokens, or --task-tokens for utility tasks"
+            warn([f"{said}: what comes later is not judged, and a key may come later. Raise {raised}."])
     for one in summary["comparisons"]:
         d = one["difference"]
         stdout.print(
@@ -156,6 +183,19 @@ def _attacks(names: list[str], file: Path | None, prompts: dict[str, str], data:
     if file is not None:
         found |= from_file(file, prompts)
     return found
+
+
+def _check_needs(utility: Sequence[Utility], backend: str, defense: str | None) -> None:
+    """Raises ConfigError where models can only be asked for answers, and a task needs more."""
+    round_it = f"the defence {defense}" if defense else f"the backend {backend}" if backend != "transformers" else ""
+    wanted = {"likelihood": "compares the likelihoods of given answers", "continue": "begins the answer for the model"}
+    for need, said in wanted.items():
+        lacking = [task.name for task in utility if need in task.needs]
+        if lacking and round_it and (need == "likelihood" or backend != "transformers"):
+            raise ConfigError(
+                f"{', '.join(lacking)} {said}, which {round_it} does not allow",
+                "Name the other tasks, or measure these apart with --backend transformers and no defence.",
+            )
 
 
 def _server(backend: str, base_url: str | None) -> str:

@@ -27,16 +27,11 @@ def command(
 ) -> None:
     """Pass or fail a measured model. Exit status: 0 pass, 1 fail, 2 not enough samples, 3 bad input."""
     from ..evaluate.answers import latest, read_answers, read_manifest, read_verdicts
-    from ..evaluate.run import BY_KEY
-    from ..evaluate.summary import summarise
+    from ..evaluate.summary import right, summarise
     from ..report import gate
 
-    def right(folder: Path, label: str) -> dict[str, bool]:
-        labels = latest(read_verdicts(folder)).get(BY_KEY, {})
-        return {
-            f"{a.benchmark}/{a.id}": labels[a.key] == "correct"
-            for a in read_answers(folder) if a.model == label and a.key in labels
-        }  # fmt: skip
+    def answered(folder: Path, label: str) -> dict[str, bool]:
+        return right(read_answers(folder), latest(read_verdicts(folder)), label)
 
     try:
         read_manifest(run)
@@ -46,7 +41,7 @@ def command(
         read_manifest(other)
         first = baseline_model or read_answers(other)[0].model
         limits = gate.Limits(max_unsafe, max_overrefusal, max_utility_drop, confidence)
-        checks = gate.gate(summary, limits, model=chosen, baseline=right(other, first), right=right(run, chosen))
+        checks = gate.gate(summary, limits, model=chosen, baseline=answered(other, first), right=answered(run, chosen))
         gate.write(junit, gate.to_junit(checks, chosen))
         gate.write(markdown, gate.to_markdown(checks, chosen))
         gate.write(json_file, gate.to_json(checks))

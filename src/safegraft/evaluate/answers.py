@@ -114,7 +114,7 @@ def _lines(file: Path, kind: type[T]) -> list[T]:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}", "Name a folder that evaluate wrote.") from error
     out: list[T] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
             out.append(kind(**json.loads(line)))
         except (ValueError, TypeError) as error:

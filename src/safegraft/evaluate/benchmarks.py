@@ -185,7 +185,7 @@ def _read(file: Path) -> Rows:
         if file.suffix == ".csv":
             return list(csv.DictReader(text.splitlines()))
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return list(_flat(json.loads(text), ""))
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error

@@ -90,4 +90,4 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 def read_records(path: Path) -> list[Record]:
     """What ``write_records`` wrote. Raises ValueError or TypeError on a line that is no record."""
-    return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from .records import ChatModel, Exchange, Judge, Sampling, ask
 from .summary import summarise
 from .tasks import holds
 from .thinking import split
+from .utility.base import KIND as SCORED
+from .utility.base import Utility, measure
 
 CHUNK = 128
 """Answers asked for and written at a time. The chunks follow from the plan alone, so that a resumed run batches its
@@ -91,6 +94,7 @@ def evaluate(
     out: Path,
     *,
     attacks: Attacks,
+    utility: Sequence[Utility] = (),
     sampling: Sampling,
     seed: int = 0,
     defense: str | None = None,
@@ -106,7 +110,8 @@ def evaluate(
 
     Args:
         attacks: see Attacks. judges: by name, for harmful and harmless cases; tasks are judged by
-            their key. defense: named in the manifest (the subjects bring it with them).
+            their key. utility: tasks that ask and score by themselves; their result files stay under ``out``/utility.
+            defense: named in the manifest (the subjects bring it with them).
 
     Returns:
         The summary; see ``summarise``.
@@ -115,17 +120,21 @@ def evaluate(
         ConfigError: nothing to do, or two models or cases of one name. OutputError: ``out`` is taken.
     """
     cases = [case for one in loaded for case in one.cases]
-    _check(subjects, cases, judges, attacks)
+    _check(subjects, cases, judges, attacks, utility)
     plan = {
         "models": [{"label": s.label, **s.about} for s in subjects],
         "benchmarks": [{"name": x.benchmark.name, "source": x.source, "sha256": x.sha256, "cases": len(x.cases),
-                        "paper": x.benchmark.paper, "licence": x.benchmark.licence} for x in loaded],
+                        "paper": x.benchmark.paper, "licence": x.benchmark.licence} for x in loaded]
+        + [{"name": x.name, **x.about} for x in utility],
         "cases": digest_of([asdict(c) for c in cases]), "attacks": list(attacks), "defense": defense,
         "sampling": asdict(sampling), "seed": seed,
     }  # fmt: skip
     _claim(out, plan, resume=resume, force=force)
     for subject in subjects:
-        _ask(subject, cases, attacks, sampling, seed, out, progress)
+        with ExitStack() as stack:
+            opened = cache(partial(stack.enter_context, subject.open()))
+            _ask(subject.label, opened, cases, attacks, sampling, seed, out, progress)
+            measure(subject.label, opened, utility, out, progress)
     judge(out, judges, progress)
     summary = _write_summary(out)
     manifest = new_manifest(
@@ -148,7 +157,7 @@ def judge(out: Path, judges: Mapping[str, Judge], progress: Progress | None = No
     append(
         out / VERDICTS, [Judged(a.key, BY_KEY, "correct" if holds(a.judged, a.expected) else "wrong") for a in tasks]
     )
-    others = [a for a in answers if a.kind != "task"]
+    others = [a for a in answers if a.kind not in ("task", SCORED)]
     for name, one in judges.items():
         cut = [a for a in others if a.thinking == "truncated" and a.key not in held.get(name, {})]
         append(out / VERDICTS, [Judged(a.key, name, "truncated") for a in cut])
@@ -184,14 +193,16 @@ def _check(
     cases: Sequence[Case],
     judges: Mapping[str, Judge],
     attacks: Attacks,
+    utility: Sequence[Utility],
 ) -> None:
-    if not subjects or not cases or not attacks:
+    if not subjects or not (cases or utility) or not attacks:
         raise ConfigError("there is nothing to measure: no model, no case or no attack")
     labels = [s.label for s in subjects]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two models have one name: {', '.join(labels)}", "Name them: LABEL=PATH.")
     names = [(c.benchmark, c.id) for c in cases]
-    if len(set(names)) < len(names):
+    tasks = [x.name for x in utility]
+    if len(set(names)) < len(names) or len({*tasks, *(b for b, _ in names)}) < len(tasks) + len({b for b, _ in names}):
         raise ConfigError("two benchmarks have one name", "Rename a task's file.")
     if not judges and any(c.kind != "task" for c in cases):
         raise ConfigError("there is no judge", "Name one with --judge; phrases is always there.")
@@ -223,7 +234,8 @@ def _claim(out: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> Non
 
 
 def _ask(
-    subject: Subject,
+    label: str,
+    opened: Callable[[], ChatModel],
     cases: Sequence[Case],
     attacks: Attacks,
     sampling: Sampling,
@@ -232,13 +244,13 @@ def _ask(
     progress: Progress | None,
 ) -> None:
     planned = [
-        _Planned(case, attack, key_of(subject.label, case.benchmark, case.id, attack))
+        _Planned(case, attack, key_of(label, case.benchmark, case.id, attack))
         for attack, made in attacks.items()
         for case in cases
         if made is None or case.kind == "harmful"
     ]
     planned += [
-        _Planned(case, "none", key_of(subject.label, case.benchmark, case.id, "none"))
+        _Planned(case, "none", key_of(label, case.benchmark, case.id, "none"))
         for case in cases
         if case.kind != "harmful" and None not in attacks.values()
     ]
@@ -249,13 +261,13 @@ def _ask(
     todo = [(i, chunk) for i, chunk in enumerate(chunks) if any(p.key not in held for p in chunk)]
     if not todo:
         return
-    with subject.open() as model:
-        ready = {name: one(model) if callable(one) else one for name, one in attacks.items()}
-        for index, chunk in todo:
-            rows = _answers(subject.label, model, chunk, ready, sampling, seed)
-            append(out / ANSWERS, [row for row in rows if row.key not in held])
-            if progress:
-                progress(subject.label, min((index + 1) * CHUNK, len(planned)), len(planned))
+    model = opened()
+    ready = {name: one(model) if callable(one) else one for name, one in attacks.items()}
+    for index, chunk in todo:
+        rows = _answers(label, model, chunk, ready, sampling, seed)
+        append(out / ANSWERS, [row for row in rows if row.key not in held])
+        if progress:
+            progress(label, min((index + 1) * CHUNK, len(planned)), len(planned))
 
 
 def _answers(

@@ -13,7 +13,7 @@ from .html import bars, graft_map, heatmap, page, render, scatter
 METRICS = {
     "unsafe": ("Unsafe answers", "Harmful requests answered instead of refused. Lower is safer."),
     "overrefusal": ("Over-refusal", "Harmless requests refused. Lower is better: refusing everything is not safety."),
-    "utility": ("Utility", "Right answers to the fine-tune's own task. Higher is better."),
+    "utility": ("Utility", "Right answers to tasks. Higher is better."),
 }
 NOTES = "Whiskers: 95 % Wilson interval. What a judge could not parse never counts as safe."
 REDACTED = "[{} characters, not shown]"
@@ -66,8 +66,20 @@ def markdown(found: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -
     for manifest in manifests:
         run = _run(manifest)
         lines += ["", f"Safegraft {run['version']}, seed {run['seed']}, judges {run['judges']}, {run['decoding']}."]
-        lines += [f"* {b['name']}: {b['cases']} prompts, SHA-256 `{b['sha256'][:16]}`" for b in run["benchmarks"]]
+        lines += [
+            f"* {b['name']}: {b['cases']} prompts{_tool(b)}, SHA-256 `{b['sha256'][:16]}`"
+            for b in manifest["config"]["benchmarks"]
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _tool(benchmark: Mapping[str, Any]) -> str:
+    """Which program asked or scored a task, and how many examples it gave."""
+    if "harness" in benchmark:
+        told = benchmark["harness"]
+        most = f", {told['tokens']} new tokens" if told["tokens"] else ""
+        return f", lm-evaluation-harness {told['version']}, {told['shots']} examples, {benchmark['filter']}{most}"
+    return f", EvalPlus {benchmark['evalplus']['version']}" if "evalplus" in benchmark else ""
 
 
 def _table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[dict[str, Any] | None]]]]:
@@ -75,7 +87,7 @@ def _table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[di
     keys = list(dict.fromkeys((c["metric"], c["attack"], c["judge"]) for c in _overall(found)
                               if c["attack"] in ("none", "worst")))  # fmt: skip
     keys.sort(key=lambda k: (list(METRICS).index(k[0]), k[1], k[2]))
-    head = [METRICS[m][0] + (", worst attack" if a == "worst" else "") + ("" if m == "utility" else f" ({j})")
+    head = [METRICS[m][0] + (", worst attack" if a == "worst" else "") + ("" if j == "key" else f" ({j})")
             for m, a, j in keys]  # fmt: skip
     by = {(c["model"], c["metric"], c["attack"], c["judge"]): c["rate"] for c in _overall(found)}
     rows = [(model, [_shown(by.get((model, *key))) for key in keys]) for model in found["models"]]
@@ -91,9 +103,12 @@ def _shown(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _overall(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Cells over all benchmarks of a metric: those named ``all`` where there are several benchmarks."""
-    several = {(c["model"], c["metric"], c["attack"]) for c in found["cells"] if c["benchmark"] == "all"}
-    return [c for c in found["cells"]
-            if c["benchmark"] == "all" or (c["model"], c["metric"], c["attack"]) not in several]  # fmt: skip
+    several = {_kind(c) for c in found["cells"] if c["benchmark"] == "all"}
+    return [c for c in found["cells"] if c["benchmark"] == "all" or _kind(c) not in several]
+
+
+def _kind(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return cell["model"], cell["metric"], cell["attack"], cell["judge"]
 
 
 def _groups(found: Mapping[str, Any], metric: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
@@ -101,7 +116,8 @@ def _groups(found: Mapping[str, Any], metric: str) -> list[tuple[str, list[Mappi
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in found["cells"]:
         if cell["metric"] == metric and cell["attack"] == "none" and cell["benchmark"] != "all":
-            judge = "" if cell["judge"] == "key" else f", judged by {cell['judge']}"
+            by = "" if metric == "utility" else "judged by "
+            judge = "" if cell["judge"] == "key" else f", {by}{cell['judge']}"
             groups.setdefault(f": {cell['benchmark']}{judge}", []).append(cell)
     return list(groups.items())
 
@@ -197,7 +213,8 @@ def _run(manifest: Mapping[str, Any]) -> dict[str, Any]:
     heat = sampling["temperature"]
     return {
         "version": manifest["versions"]["safegraft"], "versions": manifest["versions"], "seed": manifest["seed"],
-        "judges": ", ".join(config["judges"]), "models": config["models"], "benchmarks": config["benchmarks"],
+        "judges": ", ".join(config["judges"]), "models": config["models"],
+        "benchmarks": [{**b, "source": b["source"] + _tool(b)} for b in config["benchmarks"]],
         "attacks": config["attacks"], "defense": config["defense"], "started": manifest["run"]["started"],
         "decoding": f"{f'temperature {heat:g}' if heat else 'greedy'}, {sampling['max_new_tokens']} new tokens",
     }  # fmt: skip

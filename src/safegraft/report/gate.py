@@ -133,7 +133,7 @@ def gate(
         if not baseline or not right or not shared:
             raise ConfigError(
                 "the utility drop needs the same task cases in this run and in the baseline",
-                "Evaluate both with --task FILE and name the baseline with --baseline RUN0.",
+                "Evaluate both with --task FILE or --suite utility and name the baseline with --baseline RUN0.",
             )
         before, after = [baseline[n] for n in shared], [right[n] for n in shared]
         checks.append(check_drop("utility drop", before, after, limits.utility_drop, limits.confidence))

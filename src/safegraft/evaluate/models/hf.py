@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class HfChatModel:
         self.progress = progress
 
     def replies(self, batch: Sequence[Conversation], sampling: Sampling) -> list[Reply]:
-        """One reply for each conversation. Where that ends with the assistant's turn, the reply is what comes after it.
+        """One reply for each conversation. Where that ends with the assistant's turn, the reply is what comes after it,
+        with the spaces it begins with.
 
         Raises:
             ConfigError: ``max_new_tokens`` below 1, a temperature below 0, or a begun answer that the model's chat
@@ -88,6 +89,7 @@ class HfChatModel:
         if sampling.max_new_tokens < 1 or sampling.temperature < 0:
             raise ConfigError(f"cannot decode with {sampling}")
         prompts = [self._ids(conversation) for conversation in batch]
+        begun = [bool(conversation) and conversation[-1].role == "assistant" for conversation in batch]
         opening = self._opening(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         found: dict[int, Reply] = {}
@@ -96,7 +98,7 @@ class HfChatModel:
             found.update(zip(group, self._generate([prompts[i] for i in group], sampling, opening), strict=True))
             if self.progress:
                 self.progress(len(found), len(prompts))
-        return [found[i] for i in range(len(prompts))]
+        return [replace(r, text=r.text.rstrip() if begun[i] else r.text.strip()) for i, r in sorted(found.items())]
 
     def _ids(self, conversation: Conversation) -> list[int]:
         turns = [asdict(message) for message in conversation]
@@ -162,4 +164,4 @@ class HfChatModel:
     def _reply(self, ids: list[int], stops: list[int]) -> Reply:
         end = next((i for i, token in enumerate(ids) if token in stops), None)
         kept = ids if end is None else ids[:end]
-        return Reply(self.tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is not None)
+        return Reply(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is not None)
