@@ -17,7 +17,7 @@ from ..tensors.shards import sha256
 from ..tensors.writer import check_free, replace_folder, write_whole
 from ..train.safekey.losses import DualPathHead
 
-KIND = "safegraft safekey heads"
+KIND = "safegraft pair of safekey heads"
 FILE = "heads.safetensors"
 
 

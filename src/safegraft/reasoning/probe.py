@@ -62,7 +62,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Probed:
-    """``right``: of rows with a label, those a head puts on the right side of one half, by head. ``warnings``: words."""
+    """``right``: of rows with a label, those a head puts on the right side of one half, by head."""
 
     scores: list[Score]
     right: dict[str, Rate]

@@ -13,7 +13,7 @@ from ..tensors.files import read_manifest
 from ..train.safekey.spans import Trace
 from .segment import SegmentationError, Spans, thinking
 
-KIND = "safegraft annotated traces"
+KIND = "safegraft set of annotated traces"
 ANNOTATED, REFUSED = "annotated.jsonl", "refused.jsonl"
 LABELS = {"harmful": True, "benign": False}
 

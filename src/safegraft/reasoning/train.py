@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..evaluate.models.hf import load_chat
 from ..manifest import digest_of, folder_digest, new_manifest
 from ..tensors.checkpoint import Checkpoint
 from ..tensors.private import private_folder
+from ..tensors.verify import outputs_of
 from ..tensors.writer import check_free, replace_folder, write_whole
 from ..train.distill import is_main, last_checkpoint, prepare, processes, take_device
 from ..train.safekey.losses import TERMS, Weights
@@ -273,7 +273,9 @@ def _write(
         tokenizer.save_pretrained(folder)
         lines = [json.dumps(entry) + "\n" for entry in trained.log]
         write_whole(folder / LOG, "".join(lines).encode())
-        manifest["outputs"] = {"files": {file.name: _sha256(file) for file in sorted(folder.iterdir())}}
+        manifest["outputs"], broken = outputs_of(folder)
+        if broken:
+            raise NumericError(f"training left NaN or Inf in {broken[0]}", "Lower the learning rate.")
         write_whole(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         check_free(out, force=config.force)
         folder.chmod(0o755)
@@ -285,8 +287,6 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     made: dict[tuple[int, ...], Tensor] = {}
     found = {}
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericError(f"training left NaN or Inf in {name}", "Lower the learning rate.")
         key = (tensor.data_ptr(), *tensor.shape)
         if key not in made:
             made[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -300,8 +300,3 @@ def _without_lora(model: Any) -> None:
         if hasattr(module, "lora_A"):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module.base_layer)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -35,24 +35,25 @@ class Traces(Dataset[dict[str, Any]]):
 class Collator:
     """Padded on the right, or packed: the rows of a batch one after another in one, without padding.
 
-    Packed rows must not see one another. Flash attention reads that off position ids that begin anew; for the other
-    kernels a mask [1, 1, tokens, tokens] says it, of which the memory grows with the square of the batch's tokens.
+    Packed rows must not see one another. Flash attention is told by their lengths; the other kernels by a mask [1, 1,
+    tokens, tokens], of which the memory grows with the square of the batch's tokens.
 
     Args:
-        pad_id: what fills the ids. packed: pack. mask: whether packed batches bring that mask.
+        pad_id: what fills the ids. packed: pack. flash: bring lengths in place of that mask.
         from_first_label: padded batches carry ``logits_to_keep``, and labels cut to match (see ``data.PadRight``).
     """
 
     pad_id: int
     packed: bool = False
-    mask: bool = True
+    flash: bool = False
     from_first_label: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Inputs of the two forward passes, and what the losses need. All int64 but ``harmful`` and a packed mask.
 
-        * ``main``, ``masked``: ``input_ids``, ``position_ids``, mostly ``attention_mask``. ``masked`` is each row up to
-          the end of K without the tokens of its query, the others at the positions that they have in ``main``.
+        * ``main``, ``masked``: ``input_ids``, ``position_ids`` and what keeps rows and padding apart. ``masked`` is each
+          row up to the end of K without the tokens of its query, the others at the positions that they have in ``main``.
+          To leave tokens out is to mask them in every layer, at less cost and with every attention kernel.
         * ``labels``, ``key_labels``: of ``main``; all that is to be learnt, and K alone. ``masked_labels``: K alone, of
           ``masked``. IGNORED where there is no loss.
         * ``understanding_rows``, ``query_rows``: like ``main.input_ids``; each token's row in the batch, or NOWHERE.
@@ -85,7 +86,9 @@ class Collator:
         made = {"input_ids": self._joined(ids, self.pad_id), "position_ids": self._joined(places, 0)}
         if not self.packed:
             made["attention_mask"] = self._joined([[1] * len(row) for row in ids], 0)
-        elif self.mask:
+        elif self.flash:
+            made |= _lengths([len(row) for row in ids])
+        else:
             made["attention_mask"] = _apart([len(row) for row in ids])
         return made
 
@@ -115,6 +118,12 @@ def _keep(labels: Tensor) -> int:
     """Last positions whose logits are wanted: from the one before the first label on."""
     first = (labels != IGNORED).any(dim=0).nonzero()
     return int(labels.shape[1]) - max(0, int(first[0]) - 1)
+
+
+def _lengths(sizes: Sequence[int]) -> dict[str, Any]:
+    """Where packed rows begin, in the words of transformers' flash attention."""
+    starts = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(sizes), "max_length_k": max(sizes)}
 
 
 def _apart(sizes: Sequence[int]) -> Tensor:

@@ -102,6 +102,12 @@ def train_safekey(
         raise ConfigError("the heads need harmful and benign rows", "Add the rows that are missing, or use no heads.")
     if not items:
         raise ConfigError("there is nothing to train on: no rows")
+    flash = "flash" in str(model.config._attn_implementation)
+    if recipe.packed and not flash and _has_windows(model.config):
+        raise ConfigError(
+            "packed rows would lose the sliding windows of this model's attention",
+            "Leave out --packed, or use --attention flash_attention_2.",
+        )
     start = last_checkpoint(folder) if resume else None
     if resume and start is None:
         raise OutputError(f"{folder} holds no checkpoint to go on from", "Start again without --resume.")
@@ -117,12 +123,11 @@ def train_safekey(
         recipe, folder, device, adam_beta1=ADAM_BETAS[0], adam_beta2=ADAM_BETAS[1], ddp_find_unused_parameters=False,
         save_strategy=("steps" if recipe.save_steps else "epoch") if recipe.saves else "no",
     )  # fmt: skip
-    flash = "flash" in str(model.config._attn_implementation)
     trainer = SafeKeyTrainer(
         model=whole,
         args=arguments,
         data_collator=Collator(
-            pad_id(tokenizer), packed=recipe.packed, mask=not flash, from_first_label=skips_logits(model)
+            pad_id(tokenizer), packed=recipe.packed, flash=flash, from_first_label=skips_logits(model)
         ),
         train_dataset=Traces(items),
         callbacks=[Watcher(progress)],
@@ -139,6 +144,12 @@ def train_safekey(
     heads = {n.removeprefix("head."): t.detach().cpu() for n, t in state.items() if n.startswith("head.")}
     inner = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
     return Trained(plain(inner, _scalings(model)), heads, trainer.state.global_step, tokens, free, log)
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layer sees only the nearest tokens."""
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
 
 
 def plain(state: Mapping[str, Tensor], scalings: Mapping[str, tuple[float, bool]]) -> dict[str, Tensor]:
