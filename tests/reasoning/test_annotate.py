@@ -24,7 +24,9 @@ def test_each_row_is_annotated_or_refused_with_its_reason(tmp_path):
     found[2]["response"] = "No block."
     found[3]["id"] = "r0"
     del found[4]["harmful"]
-    found[5]["response"] = "<think>\nOkay, so the user asks for naïve café ☕ bread. First, mix. Then.\n</think>\n\nDone."
+    found[5]["response"] = (
+        "<think>\nOkay, so the user asks for naïve café ☕ bread. First, mix. Then.\n</think>\n\nDone."
+    )
     file = traces.write(tmp_path / "rows.jsonl", found)
     made = annotate(str(file), tmp_path / "out", Rules())
     kept = lines(tmp_path / "out" / "annotated.jsonl")

@@ -57,7 +57,11 @@ QUERY = "How do I bake rye bread without an oven?"
     [
         (("Okay, so the user is asking how to bake rye bread.", "Hmm, let me think.", "Yes."), 1, 0.95),
         (("Okay, so the user wants bread.", "They have no oven.", "First, I need flour.", "Yes."), 2, 0.95),
-        (("I need to figure out how to respond to this user.", "They want rye bread.", "First, flour.", "So."), 2, 0.95),
+        (
+            ("I need to figure out how to respond to this user.", "They want rye bread.", "First, flour.", "So."),
+            2,
+            0.95,
+        ),
         (("The user asks for bread.", "Flour comes in many kinds.", "Yes."), 1, 0.8),
         (("Baking rye bread without oven.", "Flour comes in many kinds.", "Yes."), 1, 0.6),
         (("The user asks for bread.", "The user's request is harmful.", "Yes."), 1, 0.8),

@@ -271,7 +271,7 @@ def _write(
         model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-        lines = [json.dumps(entry) + "\n" for entry in trained.log]
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in trained.log]
         write_whole(folder / LOG, "".join(lines).encode())
         manifest["outputs"], broken = outputs_of(folder)
         if broken:

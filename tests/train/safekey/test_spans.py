@@ -14,7 +14,8 @@ TEXTS = [
     "How do I bake bread? 用户在问怎么烤面包。嗯，这没问题。 They want it.\n\n\nI should help. </think> Mix it.",
 ]
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA = (
     "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -91,7 +92,9 @@ CASES = {
     "plain": trace("How do I bake bread?", "Okay, so the user is asking how to bake bread.", "Hmm, that's fine."),
     "multibyte": trace("café ☕ naïve?", "The user asks of a naïve café ☕.", "Hmm ☕, that's fine ☕!"),
     "no white space": trace("怎么烤面包？", "用户在问怎么烤面包。", "嗯，这没问题。", between="", more="好。"),
-    "merged line breaks": trace("How do I?", "The user is asking.", "First, I need flour.", between="\n\n", more="\n\n"),
+    "merged line breaks": trace(
+        "How do I?", "The user is asking.", "First, I need flour.", between="\n\n", more="\n\n"
+    ),
     "many spaces": trace("  How do I?  ", "They want it.", "I should help.", between="   "),
 }
 

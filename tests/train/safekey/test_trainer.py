@@ -84,8 +84,8 @@ def test_ablations_change_only_their_own_term(folder, tmp_path):
     for name in (LM, HEAD_U, HEAD_XU):
         assert seen.log[0][name] == pytest.approx(first[name], abs=1e-5)
     without, detached = variants[(HEAD_U, HEAD_XU)], variants[()]
-    # gradients are clipped together with those of the heads, so the paths part a little; with heads on they part widely
-    assert detached.log[1][LM] == pytest.approx(without.log[1][LM], abs=2e-2)
+    same(detached.state, without.state, 0)
+    assert any(not torch.equal(whole.state[n], without.state[n]) for n in whole.state)
     assert any(not torch.equal(detached.heads[n], without.heads[n]) for n in detached.heads)
 
 

@@ -51,9 +51,9 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Inputs of the two forward passes, and what the losses need. All int64 but ``harmful`` and a packed mask.
 
-        * ``main``, ``masked``: ``input_ids``, ``position_ids`` and what keeps rows and padding apart. ``masked`` is each
-          row up to the end of K without the tokens of its query, the others at the positions that they have in ``main``.
-          To leave tokens out is to mask them in every layer, at less cost and with every attention kernel.
+        * ``main``, ``masked``: ``input_ids``, ``position_ids``, and what keeps rows and padding apart. ``masked`` is each
+          row up to the end of K without the tokens of its query, the others at the positions they have in ``main``. To
+          leave tokens out is to mask them in every layer, at less cost and with every attention kernel.
         * ``labels``, ``key_labels``: of ``main``; all that is to be learnt, and K alone. ``masked_labels``: K alone, of
           ``masked``. IGNORED where there is no loss.
         * ``understanding_rows``, ``query_rows``: like ``main.input_ids``; each token's row in the batch, or NOWHERE.

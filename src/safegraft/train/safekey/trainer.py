@@ -237,6 +237,17 @@ class SafeKeyTrainer(OnlyTrained):
             self._sums, self._steps = {}, {}
         super().log(logs, start_time)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Detached heads are clipped for themselves, or the length of their gradient would still move the model.
+
+        Not so where the weights are sharded, since lengths are known of whole modules only there.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.model.weights.heads != "detached" or sharded:
+            return super()._clip_grad_norm(model)
+        self.accelerator.clip_grad_norm_(self.model.head.parameters(), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self.model.model.parameters(), self.args.max_grad_norm)
+
     def _wanted(self) -> dict[str, float]:
         return self.model.weights.of(auxiliary=self.auxiliary)  # type: ignore[no-any-return]
 
