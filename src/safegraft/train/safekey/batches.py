@@ -51,8 +51,8 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Inputs of the two forward passes, and what the losses need. All int64 but ``harmful`` and a packed mask.
 
-        * ``main``, ``masked``: ``input_ids``, ``position_ids``, and what keeps rows and padding apart. ``masked`` is each
-          row up to the end of K without the tokens of its query, the others at the positions they have in ``main``. To
+        * ``main``, ``masked``: ``input_ids``, ``position_ids``, and what keeps rows and padding apart. ``masked`` is
+          each row up to the end of K without the tokens of its query, the others at their positions in ``main``. To
           leave tokens out is to mask them in every layer, at less cost and with every attention kernel.
         * ``labels``, ``key_labels``: of ``main``; all that is to be learnt, and K alone. ``masked_labels``: K alone, of
           ``masked``. IGNORED where there is no loss.
