@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..train.safekey.losses import DualPathHead
 from ..train.safekey.spans import Frame, RowError, Spanned, Trace, frame_of, spanned
 from ..train.sources import read_rows_as_they_are
 from .heads import read_heads
-from .segment import CLOSE, METHOD, OPEN, SegmentationError, segment
+from .segment import CLOSE, METHOD, SegmentationError, segment
 from .traces import label_of
 
 KIND = "safegraft safekey scores"
@@ -107,7 +107,7 @@ def probe(
     asked = HfChatModel(network, tokenizer, batch=batch)
     scores: list[Score] = []
     for start in range(0, len(rows), CHUNK):
-        chunk = _answered(rows[start : start + CHUNK], asked, frame, tokens)
+        chunk = _answered(rows[start : start + CHUNK], asked, tokens)
         scores += [_score(row, network, tokenizer, frame, head.to(network.device)) for row in chunk]
         report("scoring", len(scores), len(rows))
     right = {
@@ -163,15 +163,12 @@ def _prompt(row: Any, line: int) -> Prompt:
     return Prompt(str(row.get("id", line)), line, text, response, label_of(row, None) if labelled else None)
 
 
-def _answered(rows: Sequence[Prompt], model: HfChatModel, frame: Frame, tokens: int) -> list[Prompt]:
+def _answered(rows: Sequence[Prompt], model: HfChatModel, tokens: int) -> list[Prompt]:
     """``rows``, each with a trace."""
     empty = [row for row in rows if not row.response]
     said = model.replies([ask(row.prompt) for row in empty], Sampling(tokens)) if empty else []
-    begun = f"{OPEN}\n" if frame.opened else ""
-    texts = {row.line: begun + reply.text for row, reply in zip(empty, said, strict=True)}
-    return [
-        Prompt(r.id, r.line, r.prompt, texts[r.line], r.harmful) if r.line in texts else r for r in rows
-    ]  # fmt: skip
+    texts = {row.line: reply.text for row, reply in zip(empty, said, strict=True)}
+    return [replace(row, response=texts.get(row.line, row.response)) for row in rows]
 
 
 @torch.inference_mode()
