@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import chat_models
 import models
 import traces
+from safegraft import merge, subtract
 from safegraft.cli import app
 from safegraft.config import SafeKeyConfig, load
 from safegraft.errors import CheckpointError, ConfigError, MismatchError, OutputError, UserError
@@ -170,6 +171,16 @@ def test_a_resumed_run_writes_the_uninterrupted_ones_bytes(place, tmp_path):
     for name in ("model.safetensors", "config.json", "training_log.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert models.leftovers(tmp_path) == ["heads", "out", "whole"]
+
+
+def test_a_task_and_the_merge_after_it(place, tmp_path):
+    train(settings(place, tmp_path / "aligned", no_checkpoints=True))
+    subtract(tmp_path / "aligned", place / "model", tmp_path / "vector", scope="model")
+    models.finetuned(tmp_path / "aligned", tmp_path / "task")
+    merge(tmp_path / "task", tmp_path / "vector", tmp_path / "restored", base=tmp_path / "aligned")
+    task, restored = models.weights(tmp_path / "task"), models.weights(tmp_path / "restored")
+    assert any(not torch.equal(task[name], restored[name]) for name in task)
+    assert models.generates(tmp_path / "restored")
 
 
 def test_by_epoch_means_only_what_counted_throughout():
