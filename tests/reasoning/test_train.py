@@ -82,7 +82,11 @@ def test_lora_dtype_and_template_of_the_output(place, tmp_path):
         no_checkpoints=True,
     )  # fmt: skip
     train(config)
+    torch.manual_seed(99)  # the factors are of the run's seed alone
+    train(config.model_copy(update={"out": str(tmp_path / "again")}))
     before, after = models.weights(place / "plain"), models.weights(tmp_path / "out")
+    again = models.weights(tmp_path / "again")
+    assert all(torch.equal(after[name], again[name]) for name in after)
     assert set(after) == set(before)
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     moved = {n for n in after if not torch.equal(after[n], before[n].bfloat16())}

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from ..config import DistillConfig
 from ..errors import NumericError, OutputError
 from ..evaluate.models.hf import load_chat
@@ -77,6 +79,7 @@ def distill(
     model, tokenizer, chosen, notes = _load(config, aligned)
     layers = parse_layers(config.layers) if config.layers else None
     where: dict[str, Any] = {"scope": config.scope, "layers": layers, "names": KNOWN.extended(config.names)}
+    set_seed(config.seed)  # of the LoRA factors, the same in every process
     weights = prepare(model, **where, lora_rank=config.lora_rank)
     check_stored(aligned, stored_names(model, weights))
     identity = _identity(config, aligned, chosen)

@@ -1,8 +1,8 @@
 """Where a reasoning trace stops understanding its query, and the key sentence that follows. Pure, by rules.
 
 SafeKey (arXiv:2505.16186) parts a trace into the understanding U, in which the model restates and takes in the query,
-the key sentence K, which is the first sentence after it, and the rest. The paper has U and K marked by a language
-model; these rules are ours. They read how a sentence opens and how many of its words are the query's.
+the key sentence K, which is the first sentence after it, and the rest. These rules are ours. They read how a sentence
+opens and how many of its words are the query's.
 """
 
 from __future__ import annotations

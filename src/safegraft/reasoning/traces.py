@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..tensors.files import read_manifest
+from ..tensors.shards import sha256
 from ..train.safekey.spans import Trace
 from .segment import SegmentationError, Spans, thinking
 
@@ -31,11 +32,12 @@ class Raw:
 
 @dataclass(frozen=True)
 class Annotated:
-    """What ``annotate`` wrote, with its manifest."""
+    """What ``annotate`` wrote, with its manifest. ``sha256``: of the rows as they are now, for spans may be mended."""
 
     folder: Path
     traces: list[Trace]
     manifest: dict[str, Any]
+    sha256: str
 
     @property
     def refused(self) -> int:
@@ -88,11 +90,11 @@ def read_annotated(folder: str | Path) -> Annotated:
     make = "Make one: safegraft safekey annotate DATA --out FOLDER"
     manifest = read_manifest(folder, ANNOTATED, KIND, ["result", "outputs"], make)
     try:
-        lines = (folder / ANNOTATED).read_text(encoding="utf-8").split("\n")
+        text = (folder / ANNOTATED).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {folder / ANNOTATED}: {error}") from error
     traces, wrong = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 traces.append(_trace(json.loads(line)))
@@ -102,7 +104,7 @@ def read_annotated(folder: str | Path) -> Annotated:
         raise ConfigError(
             f"{folder / ANNOTATED} has {len(wrong)} row(s) that cannot be used:\n" + "\n".join(wrong[:20]), make
         )
-    return Annotated(folder, traces, manifest)
+    return Annotated(folder, traces, manifest, sha256(text.encode()))
 
 
 def _trace(row: Mapping[str, Any]) -> Trace:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from ..config import SafeKeyConfig
 from ..errors import ConfigError, NumericError, OutputError
@@ -87,9 +88,9 @@ def train(config: SafeKeyConfig, *, given: Sequence[str] = (), progress: Report 
             return None
         report("writing", 0, 1)
         manifest = _manifest(config, checkpoint, data, rows, trained, given)
+        _write(config, checkpoint, model, tokenizer, trained, manifest, out)
         if config.save_heads:
             write_heads(Path(config.save_heads), trained.heads, manifest, force=config.force)
-        _write(config, checkpoint, model, tokenizer, trained, manifest, out)
         report("writing", 1, 1)
     return Outcome(manifest, _notes(rows))
 
@@ -194,6 +195,7 @@ def _rows(tokenizer: Any, data: Sequence[Annotated], config: SafeKeyConfig) -> _
 def _free(model: Any, config: SafeKeyConfig) -> None:
     """Leave free to move what is trained: everything, or LoRA layers beside every linear layer of the decoder."""
     if config.lora_rank is not None:
+        set_seed(config.seed)  # of the factors, the same in every process
         prepare(model, scope="model", lora_rank=config.lora_rank)
     else:
         model.requires_grad_(True)
@@ -222,7 +224,7 @@ def _manifest(
 ) -> dict[str, Any]:
     inputs = {
         "model": {"name": checkpoint.label, "sha256": folder_digest(checkpoint.path)},
-        "data": [{"name": str(d.folder), "sha256": digest_of(d.manifest["outputs"])} for d in data],
+        "data": [{"name": str(d.folder), "sha256": d.sha256} for d in data],
     }
     manifest = new_manifest(
         KIND, config=config.model_dump(exclude={"resume", "force"}), inputs=inputs, given=list(given), seed=config.seed

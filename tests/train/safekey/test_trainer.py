@@ -67,7 +67,7 @@ def test_how_a_batch_is_dealt_out_changes_nothing(folder, tmp_path, changes):
 
 def test_ablations_change_only_their_own_term(folder, tmp_path):
     """At the first step all runs have the same weights, so terms that differ there differ by the ablation alone."""
-    everywhere = {"aux_epochs": 3, "epochs": 3}
+    everywhere = {"aux_epochs": 2, "epochs": 2}
     whole = run(folder, tmp_path, **everywhere)
     first = whole.log[0]
     variants = {
