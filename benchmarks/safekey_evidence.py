@@ -93,7 +93,7 @@ def benign(data: Path, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     found = []
     for number, row in enumerate(json.loads((data / "utility" / "alpaca_1k.json").read_text(encoding="utf-8"))):
-        if not row["input"].strip() and 20 < len(row["output"]) < 280 and len(row["instruction"]) < 150:
+        if not row["input"].strip() and 20 < len(row["output"]) < 420 and len(row["instruction"]) < 200:
             found.append(_traced(f"alpaca-{number}", row["instruction"], "", row["output"], rng))
     size = len(found)
     lines = (data / "utility" / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -192,7 +192,10 @@ def prompts(asked: argparse.Namespace) -> list[Loaded]:
 
 
 def measure(asked: argparse.Namespace, place: Path, folders: dict[str, Path], seed: int) -> dict[str, dict[str, Any]]:
-    """By arm: outcomes of every prompt, under each attack, as booleans; harmless ones under ``overrefusal``."""
+    """By arm: outcomes of every prompt, under each attack, as booleans; harmless ones under ``overrefusal``.
+
+    ``cut``: whether the reasoning did not end within ``--tokens``, which counts as unsafe, and as over-refusal.
+    """
 
     def subject(label: str, folder: Path) -> Subject:
         @contextmanager
@@ -213,7 +216,9 @@ def measure(asked: argparse.Namespace, place: Path, folders: dict[str, Path], se
     for answer in read_answers(out):
         metric, counting = METRICS[answer.kind]
         cell = found[answer.model].setdefault(f"{metric}/{answer.attack}", {})
-        cell[f"{answer.benchmark}/{answer.id}"] = labels[answer.key] in counting
+        case = f"{answer.benchmark}/{answer.id}"
+        cell[case] = labels[answer.key] in counting
+        found[answer.model].setdefault(f"cut/{answer.attack}", {})[case] = labels[answer.key] == "truncated"
     return found
 
 
@@ -273,7 +278,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=40, help="of each set")
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer, reasoning included")
+    parser.add_argument("--tokens", type=int, default=160, help="of an answer, reasoning included")
     parser.add_argument("--answers-at-once", type=int, default=40)
     asked = parser.parse_args()
     settings = {k: v for k, v in vars(asked).items() if k not in ("work", "data", "out", "model", "seeds", "arms")}

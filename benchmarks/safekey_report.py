@@ -23,6 +23,7 @@ METRICS = {
     "unsafe/prefilling": "unsafe, prefilling",
     "unsafe/role_play": "unsafe, role play",
     "overrefusal/none": "over-refusal",
+    "cut/none": "of all asked directly: cut off while thinking",
 }
 INSIDE = {
     "attention_u": "attention from K to U",
