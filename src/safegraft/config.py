@@ -121,6 +121,60 @@ class DistillConfig(Settings):
     force: bool = False
 
 
+class SafeKeyConfig(Settings):
+    """One reasoning model, trained on annotated traces with the SafeKey loss.
+
+    Defaults are the paper's (arXiv:2505.16186), but where a description says "ours".
+    """
+
+    model: str = Field(description="the reasoning model: a folder or Hub id")
+    data: list[str] = Field(min_length=1, description="folders of `safegraft safekey annotate`")
+    out: str = Field(description="the folder to write")
+    epochs: int = Field(5, ge=1)
+    aux_epochs: int = Field(2, ge=0, description="the last epochs, in which the auxiliary terms count")
+    lr: float = Field(1e-5, gt=0, allow_inf_nan=False, description="peak rate of AdamW")
+    batch: int = Field(128, ge=1, description="rows a step, over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="rows at a time on one device (ours)")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps, before a cosine to 0")
+    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    max_length: int = Field(8192, ge=8, description="tokens after which a row is cut")
+    qmm: float = Field(0.2, ge=0, allow_inf_nan=False, description="λ of query-mask modelling")
+    head: float = Field(0.2, ge=0, allow_inf_nan=False, description="λ of the two heads together")
+    theta: float = Field(0.5, ge=0, le=1, description="share of the head over U; the rest is that over query and U")
+    no_heads: bool = Field(False, description="ablation: without the heads")
+    no_qmm: bool = Field(False, description="ablation: without query-mask modelling")
+    qmm_unmasked: bool = Field(False, description="ablation: that term with the query in sight")
+    detach_heads: bool = Field(False, description="ablation: the model does not learn from the heads")
+    lora_rank: int | None = Field(None, ge=1, description="train LoRA factors and add them to the output (ours)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    packed: bool = Field(False, description="rows of a batch one after another, without padding (ours)")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="the attention kernel")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 where a GPU has it")
+    dtype: DtypeName | None = Field(None, description="dtype of the output; the model's if not given")
+    think_template: bool = Field(False, description="add the opening tag to a chat template that has none (ours)")
+    max_missing: float = Field(0.1, ge=0, le=1, description="share of rows that may lack spans (ours)")
+    save_heads: str | None = Field(None, description="a folder for the heads; they are left out if not given")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; an epoch if not given")
+    no_checkpoints: bool = Field(False, description="keep nothing that a stopped run could go on from")
+    seed: int = 0
+    resume: bool = False
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> SafeKeyConfig:
+        if self.aux_epochs > self.epochs:
+            raise ValueError(f"aux_epochs: {self.aux_epochs} is more than epochs ({self.epochs})")
+        if self.no_heads and (self.detach_heads or self.save_heads):
+            raise ValueError("no_heads: there is nothing to detach or save; leave out one of them")
+        if self.save_heads and not self.aux_epochs:
+            raise ValueError("save_heads: without aux_epochs the heads are never trained; leave out one of them")
+        if self.no_qmm and self.qmm_unmasked:
+            raise ValueError("no_qmm: there is nothing to unmask; leave out one of them")
+        if self.no_checkpoints and (self.resume or self.save_steps):
+            raise ValueError("no_checkpoints: nothing is kept to resume; leave out one of them")
+        return self
+
+
 S = TypeVar("S", bound=Settings)
 
 

@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 
 import chat_models
+import traces
 from safegraft.errors import ConfigError
 from safegraft.evaluate.models.hf import HfChatModel
 from safegraft.evaluate.records import Message, Record, Sampling, ask, read_records, write_records
+from safegraft.evaluate.thinking import split
 
 PROMPTS = [
     "Hi",
@@ -85,3 +89,18 @@ def test_records_round_trip(tmp_path):
     records = [Record("m", "harmful", f"h{i}", "ä\n☕", "reply", "refused", "phrases") for i in range(3)]
     write_records(tmp_path / "r.jsonl", records)
     assert read_records(tmp_path / "r.jsonl") == records
+
+
+def test_a_template_that_opens_the_reasoning_shows_in_the_reply(loaded):
+    model, tokenizer = loaded
+    plain = HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(4))[0]
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = traces.THINKING
+    chat = HfChatModel(model, thinking)
+    begun = (Message("user", "Hi"), Message("assistant", "Sure"))
+    opened, prefilled = chat.replies([ask("Hi"), begun], Sampling(4))
+    assert opened.text.startswith("<think>\n")
+    assert opened.tokens == 4
+    assert split(opened.text).outcome == "truncated"  # not an answer, though the model wrote no tag itself
+    assert not prefilled.text.startswith("<think>")
+    assert split(plain.text).outcome == "none"

@@ -24,6 +24,7 @@ from . import (
     methods,
     push,
     report,
+    safekey,
     tune,
     utility,
     vector,
@@ -53,6 +54,7 @@ app.command("report")(report.command)
 app.command("push")(push.command)
 app.command("methods")(methods.command)
 app.add_typer(vector.app, name="vector")
+app.add_typer(safekey.app, name="safekey")
 app.add_typer(attack.app, name="attack")
 app.add_typer(judges.app, name="judges")
 app.add_typer(utility.app, name="utility")

@@ -8,11 +8,12 @@ which goes when the run succeeds and is kept when it does not, so that ``resume`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import set_seed
 
 from ..config import DistillConfig
 from ..errors import NumericError, OutputError
@@ -21,10 +22,10 @@ from ..manifest import digest_of
 from ..tensors.checkpoint import Checkpoint
 from ..tensors.lowrank import LowRank
 from ..tensors.making import Stored, family, write_vector
-from ..tensors.private import private_folder, remove, signals_raise
+from ..tensors.private import remove
 from ..tensors.scopes import KNOWN, parse_layers
 from ..tensors.vector import SafetyVector
-from ..tensors.writer import check_free, write_whole
+from ..tensors.writer import check_free
 from ..train.distill import (
     Recipe,
     Surrogate,
@@ -39,12 +40,12 @@ from ..train.distill import (
     weights_of,
 )
 from ..train.sources import STARTER, Chosen, choose, describe_bad, read_source
+from ..train.working import working_folder
 from .deltas import Deltas, check_stored, keep_surrogate
 from .validity import Look, by_layer, findings, gaps, look, overlap
 
 SAMPLES = 1000
 """Rows of a data set where the user does not say: the paper's."""
-IDENTITY = "identity.json"
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
 
@@ -78,6 +79,7 @@ def distill(
     model, tokenizer, chosen, notes = _load(config, aligned)
     layers = parse_layers(config.layers) if config.layers else None
     where: dict[str, Any] = {"scope": config.scope, "layers": layers, "names": KNOWN.extended(config.names)}
+    set_seed(config.seed)  # of the LoRA factors, the same in every process
     weights = prepare(model, **where, lora_rank=config.lora_rank)
     check_stored(aligned, stored_names(model, weights))
     identity = _identity(config, aligned, chosen)
@@ -92,7 +94,7 @@ def distill(
         )  # fmt: skip
 
     keeps = config.resumable or config.resume
-    with _working_folder(work, identity, keeps=keeps, resume=config.resume) as folder:
+    with working_folder(work, identity, keeps=keeps, resume=config.resume) as folder:
         before = measured("aligned model") if is_main() else None
         linearised = expand(model, **where) if config.linearize == "auto" else None
         notes.append(linearised.describe() if linearised else "linearised modules: none, it is off")
@@ -194,24 +196,6 @@ def _identity(config: DistillConfig, aligned: Checkpoint, chosen: Chosen) -> dic
     settings = {k: v for k, v in config.model_dump().items() if k not in _NO_MATTER}
     rows = digest_of([asdict(pair) for pair in chosen.pairs])
     return {"settings": settings, "rows": rows, "model": aligned.config, "processes": processes()}
-
-
-@contextmanager
-def _working_folder(work: Path, identity: dict[str, Any], *, keeps: bool, resume: bool) -> Iterator[Path]:
-    if not is_main():
-        with signals_raise():
-            yield work
-        return
-    mark = work / IDENTITY
-    if resume and (not mark.exists() or mark.read_text(encoding="utf-8") != digest_of(identity)):
-        raise OutputError(
-            f"{work} belongs to a run with other settings, rows or number of processes",
-            "Repeat that run's settings to resume it, or start again with --force.",
-        )
-    with private_folder(work, keep_on_failure=keeps, keep_content=resume) as folder:
-        if keeps:
-            write_whole(mark, digest_of(identity).encode())
-        yield folder
 
 
 def _write(

@@ -104,6 +104,20 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return outputs if isinstance(outputs, dict) else None
 
 
+def outputs_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the manifest of a finished model folder holds under ``outputs``, and the names of tensors with NaN or Inf.
+
+    Raises:
+        CheckpointError: ``folder`` holds no weights.
+    """
+    checkpoint = Checkpoint.open(folder)
+    digests, broken = _read_all(checkpoint, None)
+    headers = {name: sha256(shard.layout.header) for name, shard in checkpoint.shards.items()}
+    others = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in headers]
+    files = {file.name: sha256(file.read_bytes()) for file in others}
+    return {"headers": headers, "tensors": digests, "files": files}, broken
+
+
 def _index(checkpoint: Checkpoint) -> Check:
     if checkpoint.index is None:
         several = len(checkpoint.shards) > 1

@@ -182,7 +182,7 @@ def train(
         raise ConfigError(
             f"epochs {recipe.epochs} must be ≥ 1, lr {recipe.lr} above 0, warm-up {recipe.warmup} in [0, 1)"
         )
-    micro = recipe.per_device(processes())
+    recipe.per_device(processes())
     start = last_checkpoint(folder) if resume else None
     if resume and start is None:
         raise OutputError(f"{folder} holds no checkpoint to go on from", "Start again without --resume.")
@@ -192,33 +192,9 @@ def train(
     if recipe.checkpoints:
         model.activation_checkpointing_enable({"use_reentrant": False})
     cached, model.config.use_cache = model.config.use_cache, False
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=recipe.epochs,
-        learning_rate=recipe.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch // (micro * processes()),
-        bf16=_bfloat16(recipe.precision, device),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments = training_arguments(recipe, folder, device)
     watcher = Watcher(progress)
-    trainer = _OnlyTrained(
+    trainer = OnlyTrained(
         model=model,
         args=arguments,
         data_collator=PadRight(pad_id(tokenizer), from_first_label=skips_logits(model)),
@@ -233,6 +209,38 @@ def train(
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     free = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Surrogate(model, weights, linearised, trainer.state.global_step, data.tokens * recipe.epochs, free, losses)
+
+
+def training_arguments(recipe: Recipe, folder: Path, device: torch.device, **more: Any) -> TrainingArguments:
+    """The Trainer's settings for ``recipe``, in every process; ``more`` overrides them."""
+    micro = recipe.per_device(processes())
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": recipe.epochs,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": recipe.warmup,
+        "weight_decay": recipe.weight_decay,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": recipe.batch // (micro * processes()),
+        "bf16": _bfloat16(recipe.precision, device),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if recipe.save_steps else "no",
+        "save_steps": recipe.save_steps or 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**(settings | more))
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def processes() -> int:
@@ -263,7 +271,7 @@ def _bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
-class _OnlyTrained(Trainer):  # type: ignore[misc]
+class OnlyTrained(Trainer):  # type: ignore[misc]
     """Checkpoints hold the trained tensors alone: no part of the model that anyone could load by itself."""
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:

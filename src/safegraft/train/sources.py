@@ -32,7 +32,7 @@ EVERYDAY = 30
 """Everyday instructions among the starter's anchors."""
 JOINED = 60
 """Everyday instructions, and as many look-alikes, that stand in pairs among the starter's anchors: see two_in_one."""
-SHAPES = "messages; prompt and response (or answer); instruction, input and output"
+SHAPES = "messages; prompt (or question) and response (or answer); instruction, input and output"
 SHOWN = 20
 
 Problem = tuple[int, str]
@@ -78,6 +78,16 @@ def read_source(data: str, *, seed: int = 0) -> Source:
     """
     if data == STARTER:
         return starter(seed)
+    return _collect(*read_rows_as_they_are(data))
+
+
+def read_rows_as_they_are(data: str) -> tuple[str, list[tuple[int, Any]], list[str]]:
+    """What to call ``data``, its rows by line with all their fields, and notes; a file or Hub data set as for
+    ``read_source``. A row that cannot be parsed is a ValueError that says why.
+
+    Raises:
+        ConfigError: as ``read_source``.
+    """
     path = Path(data)
     if path.suffix.lower() in _READERS or path.exists():
         return _local(path)
@@ -182,17 +192,18 @@ def pair_of(row: Any) -> tuple[Pair, bool]:
         raise ValueError("it is not an object with named fields")
     if "messages" in row:
         return _from_messages(row["messages"])
-    if "prompt" in row:
-        named = [key for key in ("response", "answer", "completion") if key in row]
-        if not named:
-            raise ValueError("it has prompt but neither response nor answer")
-        return Pair(_text(row, "prompt"), _text(row, named[0])), False
+    for asked in ("prompt", "question"):
+        if asked in row:
+            named = [key for key in ("response", "answer", "completion") if key in row]
+            if not named:
+                raise ValueError(f"it has {asked} but neither response nor answer")
+            return Pair(_text(row, asked), _text(row, named[0])), False
     if "instruction" in row and "output" in row:
         more = row.get("input")
-        asked = _text(row, "instruction")
+        told = _text(row, "instruction")
         if more is not None and not isinstance(more, str):
             raise ValueError("input is no text")
-        return Pair(f"{asked}\n\n{more}" if more and more.strip() else asked, _text(row, "output")), False
+        return Pair(f"{told}\n\n{more}" if more and more.strip() else told, _text(row, "output")), False
     raise ValueError(f"it has none of the known shapes; its fields: {', '.join(map(str, row)) or 'none'}")
 
 
@@ -217,7 +228,7 @@ def _from_messages(turns: Any) -> tuple[Pair, bool]:
     return Pair(_text(turns[at], "content"), _text(turns[at + 1], "content")), len(turns) > 2
 
 
-def _collect(label: str, rows: Iterator[tuple[int, Any]], notes: Sequence[str] = ()) -> Source:
+def _collect(label: str, rows: Sequence[tuple[int, Any]], notes: Sequence[str]) -> Source:
     good: list[tuple[int, Pair]] = []
     bad: list[Problem] = []
     cut = 0
@@ -235,12 +246,12 @@ def _collect(label: str, rows: Iterator[tuple[int, Any]], notes: Sequence[str] =
     return Source(label, good, bad, [*notes, *said])
 
 
-def _local(path: Path) -> Source:
+def _local(path: Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path} is of no kind that can be read", f"Kinds: {', '.join(_READERS)}.")
     try:
-        return _collect(str(path), reader(path))
+        return str(path), list(reader(path)), []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 
@@ -297,7 +308,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 }
 
 
-def _hub(name: str, config: str | None, split: str | None) -> Source:
+def _hub(name: str, config: str | None, split: str | None) -> tuple[str, list[tuple[int, Any]], list[str]]:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
             f"{name}: reading from the Hub needs the package datasets", "Install it: pip install 'safegraft[distill]'"
@@ -314,5 +325,5 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
             f"{name} (split {wanted}) cannot be fetched from the Hub: {said[0]}",
             "Check the name and split (owner/name:config@split), or give a local file.",
         ) from error
-    rows = ((number, row) for number, row in enumerate(table, 1) if adapter is None or adapter.keep(row))
-    return _collect(f"{name} ({wanted})", rows, [adapter.said] if adapter else [])
+    rows = [(number, row) for number, row in enumerate(table, 1) if adapter is None or adapter.keep(row)]
+    return f"{name} ({wanted})", rows, [adapter.said] if adapter else []

@@ -133,7 +133,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(text: str, rubric: Rubric, code: str) -> Parsed:
-    """Label and reason, or None unless ``text`` is one JSON object with the nonce and exactly the rubric's keys.
+    """Label and reason, or None where ``fields`` finds none or the rubric cannot read them."""
+    found = fields(text, rubric.keys, code)
+    if found is None:
+        return None
+    try:
+        return rubric.read(found)
+    except TypeError:
+        return None
+
+
+def fields(text: str, keys: frozenset[str], code: str) -> dict[str, Any] | None:
+    """What ``text`` holds under ``keys``; None unless it is one JSON object with exactly these and the nonce.
 
     Reasoning in ``<think>`` tags before it and one code fence around it are allowed.
     """
@@ -145,12 +156,9 @@ def parse(text: str, rubric: Rubric, code: str) -> Parsed:
         found = json.loads(body, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or found.pop("nonce", None) != code or found.keys() != rubric.keys:
+    if not isinstance(found, dict) or found.pop("nonce", None) != code or found.keys() != keys:
         return None
-    try:
-        return rubric.read(found)
-    except TypeError:
-        return None
+    return found
 
 
 class EnvelopeJudge:

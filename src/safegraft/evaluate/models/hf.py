@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from ...errors import CheckpointError, ConfigError
 from ..records import Conversation, Reply, Sampling
+from ..thinking import OPEN
 
 SHARED = 8
 """Tokens that all prompts must have in common before it pays to run them once."""
@@ -57,6 +58,11 @@ def _attends_to_all(config: Any) -> bool:
     return all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
 
 
+def _reopened(reply: Reply, prompt: str) -> Reply:
+    """``reply`` with the opening tag of the reasoning before it, where ``prompt`` ended with that."""
+    return replace(reply, text=f"{OPEN}\n{reply.text}") if prompt.rstrip().endswith(OPEN) else reply
+
+
 class HfChatModel:
     """Answers conversations in batches, the same as one at a time up to float rounding.
 
@@ -82,6 +88,9 @@ class HfChatModel:
         """One reply for each conversation. Where that ends with the assistant's turn, the reply is what comes after it,
         with the spaces it begins with.
 
+        Where the chat template opens the reasoning, as those of many reasoning models do, the reply begins with the tag
+        that the prompt ended with, so that what is reasoning shows in the reply alone.
+
         Raises:
             ConfigError: ``max_new_tokens`` below 1, a temperature below 0, or a begun answer that the model's chat
                 template drops.
@@ -98,14 +107,20 @@ class HfChatModel:
             found.update(zip(group, self._generate([prompts[i] for i in group], sampling, opening), strict=True))
             if self.progress:
                 self.progress(len(found), len(prompts))
-        return [replace(r, text=r.text.rstrip() if begun[i] else r.text.strip()) for i, r in sorted(found.items())]
+        told = [replace(r, text=r.text.rstrip() if begun[i] else r.text.strip()) for i, r in sorted(found.items())]
+        return [_reopened(reply, self._text(asked)) for reply, asked in zip(told, batch, strict=True)]
 
     def _ids(self, conversation: Conversation) -> list[int]:
+        return list(self.tokenizer(self._text(conversation), add_special_tokens=False)["input_ids"])
+
+    def _text(self, conversation: Conversation) -> str:
         turns = [asdict(message) for message in conversation]
         begun = bool(turns) and turns[-1]["role"] == "assistant"
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+                )
             )
         except ValueError as error:
             if not begun:
@@ -113,7 +128,6 @@ class HfChatModel:
             raise ConfigError(
                 "the model's chat template lets no answer be begun for it", "Leave out attacks by prefilling."
             ) from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
     def _opening(self, prompts: Sequence[list[int]]) -> _Opening | None:
