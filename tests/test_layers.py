@@ -22,11 +22,19 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"data"},
     "report": FOUNDATION,
     "distilling": FOUNDATION | {"tensors", "train", "evaluate", "data"},
+    "masking": FOUNDATION | {"tensors", "merging", "train", "evaluate", "data"},
     "tuning": FOUNDATION | {"tensors", "merging", "train", "evaluate", "data"},
 }
 ATTACKS = [f"evaluate/attacks/{name}.py" for name in ("base", "ciphers", "disguise", "framings", "loops", "shots")]
 PURE = ["agreement", "metrics", "summary", "thinking"]
-NO_IO = ["merging/linalg.py", "merging/entries.py", *(f"evaluate/{name}.py" for name in PURE), *ATTACKS]
+NO_IO = [
+    "merging/linalg.py",
+    "merging/entries.py",
+    "merging/fusion.py",
+    "tensors/masking.py",
+    *(f"evaluate/{name}.py" for name in PURE),
+    *ATTACKS,
+]
 
 
 def part(file: Path) -> str:

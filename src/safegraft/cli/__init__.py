@@ -24,6 +24,7 @@ from . import (
     methods,
     push,
     report,
+    somf,
     tune,
     vector,
     verify,
@@ -52,6 +53,7 @@ app.command("report")(report.command)
 app.command("push")(push.command)
 app.command("methods")(methods.command)
 app.add_typer(vector.app, name="vector")
+app.add_typer(somf.app, name="somf")
 app.add_typer(attack.app, name="attack")
 app.add_typer(judges.app, name="judges")
 app.command("demo")(demo.command)

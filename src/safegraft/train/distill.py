@@ -201,7 +201,7 @@ def train(
         weight_decay=recipe.weight_decay,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.batch // (micro * processes()),
-        bf16=_bfloat16(recipe.precision, device),
+        bf16=bfloat16(recipe.precision, device),
         seed=recipe.seed,
         data_seed=recipe.seed,
         use_cpu=device.type == "cpu",
@@ -218,7 +218,7 @@ def train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     watcher = Watcher(progress)
-    trainer = _OnlyTrained(
+    trainer = OnlyTrained(
         model=model,
         args=arguments,
         data_collator=PadRight(pad_id(tokenizer), from_first_label=skips_logits(model)),
@@ -257,13 +257,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def _bfloat16(precision: str, device: torch.device) -> bool:
+def bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
 
 
-class _OnlyTrained(Trainer):  # type: ignore[misc]
+class OnlyTrained(Trainer):  # type: ignore[misc]
     """Checkpoints hold the trained tensors alone: no part of the model that anyone could load by itself."""
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:

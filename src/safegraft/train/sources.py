@@ -76,6 +76,16 @@ def read_source(data: str, *, seed: int = 0) -> Source:
     """
     if data == STARTER:
         return starter(seed)
+    return _collect(*read_rows_as_they_are(data))
+
+
+def read_rows_as_they_are(data: str) -> tuple[str, list[tuple[int, Any]], list[str]]:
+    """What to call ``data``, its rows by line with all their fields, and notes; a file or Hub data set as for
+    ``read_source``. A row that cannot be parsed is a ValueError that says why.
+
+    Raises:
+        ConfigError: as ``read_source``.
+    """
     path = Path(data)
     if path.suffix.lower() in _READERS or path.exists():
         return _local(path)
@@ -203,7 +213,7 @@ def _from_messages(turns: Any) -> tuple[Pair, bool]:
     return Pair(_text(turns[at], "content"), _text(turns[at + 1], "content")), len(turns) > 2
 
 
-def _collect(label: str, rows: Iterator[tuple[int, Any]], notes: Sequence[str] = ()) -> Source:
+def _collect(label: str, rows: Sequence[tuple[int, Any]], notes: Sequence[str]) -> Source:
     good: list[tuple[int, Pair]] = []
     bad: list[Problem] = []
     cut = 0
@@ -221,12 +231,12 @@ def _collect(label: str, rows: Iterator[tuple[int, Any]], notes: Sequence[str] =
     return Source(label, good, bad, [*notes, *said])
 
 
-def _local(path: Path) -> Source:
+def _local(path: Path) -> tuple[str, list[tuple[int, Any]], list[str]]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path} is of no kind that can be read", f"Kinds: {', '.join(_READERS)}.")
     try:
-        return _collect(str(path), reader(path))
+        return str(path), list(reader(path)), []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 
@@ -283,7 +293,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 }
 
 
-def _hub(name: str, config: str | None, split: str | None) -> Source:
+def _hub(name: str, config: str | None, split: str | None) -> tuple[str, list[tuple[int, Any]], list[str]]:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
             f"{name}: reading from the Hub needs the package datasets", "Install it: pip install 'safegraft[distill]'"
@@ -300,5 +310,5 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
             f"{name} (split {wanted}) cannot be fetched from the Hub: {said[0]}",
             "Check the name and split (owner/name:config@split), or give a local file.",
         ) from error
-    rows = ((number, row) for number, row in enumerate(table, 1) if adapter is None or adapter.keep(row))
-    return _collect(f"{name} ({wanted})", rows, [adapter.said] if adapter else [])
+    rows = [(number, row) for number, row in enumerate(table, 1) if adapter is None or adapter.keep(row)]
+    return f"{name} ({wanted})", rows, [adapter.said] if adapter else []

@@ -1,0 +1,182 @@
+"""The changes of fine-tunes as the masked model wants them: fused, on its device, and as small as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MismatchError
+from ..merging.execute import merge_tensor
+from ..merging.fusion import Fusion, fused, fused_delta, ordered
+from ..merging.method import METHODS, GlobalStats
+from ..merging.survey import Survey
+from ..tensors.finetune import FineTune
+from ..tensors.lowrank import Delta
+from ..tensors.mask import SIDES
+from ..tensors.randomness import generator
+from ..tensors.scopes import LayerRange, Scope, in_scope
+from ..tensors.source import Workspace
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A change that is fused already: ``gate ∘ A``, A dense or low-rank."""
+
+    delta: Delta
+
+    @property
+    def masked(self) -> Shapes:
+        return {"": self.delta.shape}
+
+    def __call__(self, gates: Sequence[Tensor] | None) -> Tensor:
+        own = self.delta.dense().float()
+        return own if gates is None else own * gates[0]
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """The changes of TIES, which ranks their entries under every mask anew."""
+
+    parts: Sequence[tuple[Delta, float]]
+    weights: Sequence[float]
+    how: Fusion
+
+    @property
+    def masked(self) -> Shapes:
+        return {"": self.parts[0][0].shape}
+
+    def __call__(self, gates: Sequence[Tensor] | None) -> Tensor:
+        gate = None if gates is None else gates[0]
+        with torch.no_grad():
+            dense = [(d.dense().float(), w) for d, w in self.parts]
+            own = fused(dense, self.weights, self.how, torch.Generator(), None if gate is None else gate.detach())
+        return own if gate is None else own * gate
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA updates whose factors are masked apart, the same masks for all."""
+
+    parts: Sequence[tuple[Delta, float]]
+
+    @property
+    def masked(self) -> Shapes:
+        low = self.parts[0][0].low
+        assert low is not None
+        return dict(zip(SIDES, (tuple(low.left.shape), tuple(low.right.shape)), strict=True))
+
+    def __call__(self, gates: Sequence[Tensor] | None) -> Tensor:
+        total = None
+        for delta, weight in self.parts:
+            assert delta.low is not None
+            left, right = delta.low.left, delta.low.right
+            if gates is not None:
+                left, right = left * gates[0], right * gates[1]
+            part = (left * (delta.scale * weight)) @ right.T
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+Held = Fused | Trimmed | Factors
+
+
+def masked_weights(
+    fine: FineTune, found: Survey, scope: Scope, layers: LayerRange | None, *, factors: bool
+) -> tuple[list[str], list[str]]:
+    """The fine-tunes' names of the weights that get a mask, and of the others that changed.
+
+    No mask is for embeddings and heads of differing length, for stacks of experts, and, with ``factors``, for what is
+    no LoRA update in every fine-tune.
+
+    Raises:
+        ConfigError: nothing is left to mask; ``factors`` with a fine-tune that is no adapter. MismatchError: LoRA
+        updates of one weight differ in rank, so that they have no mask in common.
+    """
+    every = (fine, *fine.others)
+    if factors and any(one.adapter is None for one in every):
+        full = next(one.label for one in every if one.adapter is None)
+        raise ConfigError(f"{full} is no LoRA adapter: it has no factors to mask", "Leave out --mask-factors.")
+    chosen: list[str] = []
+    others: list[str] = []
+    for name, stats in found.tensors.items():
+        if not stats.task_sq or not fine.layout.is_mergeable(name):
+            continue
+        dims, there = len(fine.layout.spec(name).shape), fine.pairing.counterparts[name]
+        takes = in_scope(there, scope, layers=layers) and 0 < dims < 3 and fine.rows(name) is None
+        if takes and factors:
+            takes = all(one.adapter and name in one.adapter.lora and name not in one.adapter.replaced for one in every)
+        (chosen if takes else others).append(name)
+    if not chosen:
+        raise ConfigError(
+            f"no weight in scope {scope!r} that can be masked differs from the aligned model in the fine-tune(s)",
+            "Choose another --scope or --layers, or check --aligned and --model.",
+        )
+    for name in chosen if factors else ():
+        ranks = {one.label: rank_of(one, name) for one in every}
+        if len(set(ranks.values())) > 1:
+            raise MismatchError(
+                f"{name} has LoRA updates of different rank: {', '.join(f'{k} {r}' for k, r in ranks.items())}",
+                "One mask is shared by all fine-tunes: leave out --mask-factors, which masks the products.",
+            )
+    return chosen, others
+
+
+def rank_of(fine: FineTune, name: str) -> int | None:
+    """Rank of an adapter's update of a weight; None where it has none, or is no adapter."""
+    module = fine.adapter.lora.get(name) if fine.adapter else None
+    if fine.adapter is None or module is None or name in fine.adapter.replaced:
+        return None
+    return fine.adapter.file.layout.entries[module.a].spec.shape[0]
+
+
+def change_of(fine: FineTune, name: str, how: Fusion, *, factors: bool, workspace: Workspace) -> Held:
+    """The change of one masked weight, on the CPU, in memory of its own."""
+    _, tasks = fine.read(name, workspace)
+    weights = fine.weights
+    if factors:
+        coefficient = how.scale / sum(weights) if how.kind == "mean" else how.scale
+        return Factors([(d, w * coefficient) for d, w in ordered(tasks, weights)])
+    if how.linear:
+        return Fused(fused_delta(tasks, weights, how, generator(0, name)))
+    return Trimmed([(_owned(d), w) for d, w in ordered(tasks, weights)], weights, how)
+
+
+def unmasked(fine: FineTune, name: str, how: Fusion, own: Tensor, workspace: Workspace) -> Tensor:
+    """A weight that changed and has no mask, as the merge will write it: the fine-tune's, or several fused plainly.
+
+    Args:
+        own: the aligned model's weight, of which rows that a fine-tune lacks are kept.
+    """
+    base, tasks = fine.read(name, workspace)
+    method = METHODS.get("somf")
+    params = method.parameters({"fusion": how.kind, "scale": how.scale, "density": how.density, "drop": how.drop})
+    merged = merge_tensor(
+        method, params, GlobalStats(1.0, 0.0, 1.0), name=name, base=base, tasks=tasks,
+        safety=Delta(tuple(base.shape)), weights=fine.weights,
+    )  # fmt: skip
+    out = own.float().cpu().clone()
+    out[: len(base) if base.dim() else None] = base + (merged.dense() if merged else tasks[0].dense())
+    return out
+
+
+def placed(change: Held, device: torch.device | str, dtype: torch.dtype) -> Held:
+    """The change on ``device``; what is dense in ``dtype``, factors in float32."""
+
+    def put(delta: Delta) -> Delta:
+        there = delta.to(device)
+        return there if there.full is None else Delta(there.shape, full=there.full.to(dtype), scale=there.scale)
+
+    if isinstance(change, Fused):
+        return Fused(put(change.delta))
+    parts = [(put(d), w) for d, w in change.parts]
+    return Factors(parts) if isinstance(change, Factors) else Trimmed(parts, change.weights, change.how)
+
+
+def _owned(delta: Delta) -> Delta:
+    return delta if delta.full is None else Delta(delta.shape, full=delta.full.clone(), scale=delta.scale)
