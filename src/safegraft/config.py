@@ -169,6 +169,7 @@ class SomfConfig(Settings):
     check_pairs: int = Field(32, ge=1, description="pairs held out to tell what the mask does (ours)")
     max_length: int = Field(512, ge=8, description="tokens after which a conversation is cut (ours)")
     seed: int = 0
+    names: dict[str, list[str]] = Field(default_factory=dict, description="names of an unknown architecture's parts")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints (ours)")
     resume: bool = False
     force: bool = False

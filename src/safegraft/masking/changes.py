@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ConfigError, MismatchError
+from ..errors import CheckpointError, ConfigError, MismatchError
 from ..merging.execute import merge_tensor
 from ..merging.fusion import Fusion, fused, fused_delta, ordered
 from ..merging.method import METHODS, GlobalStats
@@ -17,8 +17,9 @@ from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
 from ..tensors.mask import SIDES
 from ..tensors.randomness import generator
-from ..tensors.scopes import LayerRange, Scope, in_scope
+from ..tensors.scopes import LayerRange, Names, Scope, chosen_weights
 from ..tensors.source import Workspace
+from ..train.masked import Change, Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -87,7 +88,7 @@ Held = Fused | Trimmed | Factors
 
 
 def masked_weights(
-    fine: FineTune, found: Survey, scope: Scope, layers: LayerRange | None, *, factors: bool
+    fine: FineTune, found: Survey, scope: Scope, *, layers: LayerRange | None, names: Names, factors: bool
 ) -> tuple[list[str], list[str]]:
     """The fine-tunes' names of the weights that get a mask, and of the others that changed.
 
@@ -95,20 +96,21 @@ def masked_weights(
     no LoRA update in every fine-tune.
 
     Raises:
-        ConfigError: nothing is left to mask; ``factors`` with a fine-tune that is no adapter. MismatchError: LoRA
-        updates of one weight differ in rank, so that they have no mask in common.
+        ConfigError: nothing is in scope or left to mask; ``factors`` with a fine-tune that is no adapter.
+        MismatchError: LoRA updates of one weight differ in rank, so that they have no mask in common.
     """
     every = (fine, *fine.others)
     if factors and any(one.adapter is None for one in every):
         full = next(one.label for one in every if one.adapter is None)
         raise ConfigError(f"{full} is no LoRA adapter: it has no factors to mask", "Leave out --mask-factors.")
+    inside = set(chosen_weights(list(fine.base.names()), scope, layers=layers, names=names))
     chosen: list[str] = []
     others: list[str] = []
     for name, stats in found.tensors.items():
         if not stats.task_sq or not fine.layout.is_mergeable(name):
             continue
         dims, there = len(fine.layout.spec(name).shape), fine.pairing.counterparts[name]
-        takes = in_scope(there, scope, layers=layers) and 0 < dims < 3 and fine.rows(name) is None
+        takes = there in inside and 0 < dims < 3 and fine.rows(name) is None
         if takes and factors:
             takes = all(one.adapter and name in one.adapter.lora and name not in one.adapter.replaced for one in every)
         (chosen if takes else others).append(name)
@@ -133,6 +135,49 @@ def rank_of(fine: FineTune, name: str) -> int | None:
     if fine.adapter is None or module is None or name in fine.adapter.replaced:
         return None
     return fine.adapter.file.layout.entries[module.a].spec.shape[0]
+
+
+def placed_changes(
+    fine: FineTune,
+    model: nn.Module,
+    chosen: Sequence[str],
+    others: Sequence[str],
+    how: Fusion,
+    *,
+    factors: bool,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, Change], Weights]:
+    """The changes of ``chosen`` and the weights of ``others`` by ``model``'s parameters, on its device.
+
+    Args:
+        model: the aligned model, in the dtype that what is dense shall have.
+
+    Raises:
+        CheckpointError: the model's parameters are not named or shaped as its checkpoint's tensors.
+    """
+    parameters, there = dict(model.named_parameters()), fine.pairing.counterparts
+    lost = [
+        there[n] for n in (*chosen, *others)
+        if there[n] not in parameters or parameters[there[n]].shape != fine.base.spec(there[n]).shape
+    ]  # fmt: skip
+    if lost:
+        raise CheckpointError(
+            f"the loaded model has no parameter {lost[0]} of that shape: its checkpoint names or stores its weights "
+            "otherwise",
+            "Masks can be learnt on what transformers loads under its own name; stacks of experts are not among that.",
+        )
+    changes: dict[str, Change] = {}
+    fixed: Weights = {}
+    workspace = Workspace()
+    for done, name in enumerate((*chosen, *others), 1):
+        own = parameters[there[name]]
+        if done <= len(chosen):
+            change = change_of(fine, name, how, factors=factors, workspace=workspace)
+            changes[there[name]] = placed(change, own.device, own.dtype)
+        else:
+            fixed[there[name]] = unmasked(fine, name, how, own.detach(), workspace).to(own.device, own.dtype)
+        progress(done, len(chosen) + len(others))
+    return changes, fixed
 
 
 def change_of(fine: FineTune, name: str, how: Fusion, *, factors: bool, workspace: Workspace) -> Held:

@@ -49,9 +49,9 @@ class Memory:
             return f"{nbytes / 1e6:,.0f} MB"
 
         return (
-            f"{weights} weights are masked with {self.numbers:,} logits. Expected memory: {mb(self.total)} and activations "
-            f"(frozen model {mb(self.model)}; changes {mb(self.changes)}; logits with gradients and optimiser "
-            f"{mb(self.logits)}, {self.share:.1%} of the model; masked weights {mb(self.weights)})"
+            f"{weights} weights are masked with {self.numbers:,} logits. Expected memory: {mb(self.total)} and "
+            f"activations (frozen model {mb(self.model)}; changes {mb(self.changes)}; logits with gradients and "
+            f"optimiser {mb(self.logits)}, {self.share:.1%} of the model; masked weights {mb(self.weights)})"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..config import SomfConfig
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import ConfigError, OutputError
 from ..evaluate.models.hf import load_chat
 from ..manifest import digest_of, new_manifest
 from ..merging import methods as _methods
@@ -30,15 +30,14 @@ from ..tensors.finetune import FineTune
 from ..tensors.mask import KIND, Mask, write_mask
 from ..tensors.masking import Grain, deployed
 from ..tensors.private import remove, signals_raise
-from ..tensors.scopes import parse_layers
-from ..tensors.source import Workspace
+from ..tensors.scopes import KNOWN, parse_layers
 from ..tensors.writer import check_free, write_whole
 from ..train.distill import last_checkpoint, processes
-from ..train.masked import Change, MaskedModel, Weights, pair_log_probs
+from ..train.masked import MaskedModel, Weights, pair_log_probs
 from ..train.preferences import ChosenPairs, choose_pairs, read_preferences
 from ..train.somf import SomfRecipe, learn
 from ..train.sources import STARTER, describe_bad
-from .changes import change_of, masked_weights, placed, unmasked
+from .changes import masked_weights, placed_changes
 from .check import Check, check, findings
 from .memory import Memory, expected, require_room
 
@@ -98,7 +97,9 @@ def learn_mask(
     found = _surveyed(fine, report)
     warnings = doubts(found)
     layers = parse_layers(config.layers) if config.layers else None
-    chosen, others = masked_weights(fine, found, config.scope, layers, factors=config.mask_factors)
+    chosen, others = masked_weights(
+        fine, found, config.scope, layers=layers, names=KNOWN.extended(config.names), factors=config.mask_factors
+    )
     how, grain = _fusion(config, fine), Grain(config.granularity, config.block)
     device, dtype = _device(), _precision(config.precision)
     memory = expected(
@@ -117,7 +118,14 @@ def learn_mask(
     for sentence in [*source.notes, *([f"unusable rows:\n{describe_bad(pairs.bad)}"] if pairs.bad else [])]:
         tell(sentence)
     identity = _identity(config, fine, found, pairs)
-    masked = _masked_model(config, fine, model.to(dtype), chosen, others, how, grain, report)
+    changes, fixed = placed_changes(
+        fine, model.to(dtype), chosen, others, how, factors=config.mask_factors,
+        progress=lambda done, total: report("fusing", done, total),
+    )  # fmt: skip
+    masked = MaskedModel(
+        model, changes, fixed, grain, temperature=config.temperature, seed=config.seed,
+        dtype=getattr(torch, config.logits_dtype),
+    )  # fmt: skip
     recipe = SomfRecipe(
         config.temperature, config.beta, config.lr, config.batch, config.micro_batch, config.steps, config.optimizer,
         config.save_steps, config.seed,
@@ -164,6 +172,7 @@ def _check(config: SomfConfig, out: Path, work: Path) -> None:
         raise ConfigError(f"masks are learnt in one process, not in {processes()}", "Start it without a launcher.")
     if config.layers:
         parse_layers(config.layers)
+    KNOWN.extended(config.names)
     check_free(out, force=config.force)
     if work.exists() and not config.resume and not config.force:
         raise OutputError(
@@ -201,45 +210,6 @@ def _precision(asked: str) -> torch.dtype:
     if asked == "auto":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
-
-
-def _masked_model(
-    config: SomfConfig,
-    fine: FineTune,
-    model: Any,
-    chosen: list[str],
-    others: list[str],
-    how: Fusion,
-    grain: Grain,
-    report: Report,
-) -> MaskedModel:
-    parameters = dict(model.named_parameters())
-    there = fine.pairing.counterparts
-    lost = [
-        there[n] for n in (*chosen, *others)
-        if there[n] not in parameters or parameters[there[n]].shape != fine.base.spec(there[n]).shape
-    ]  # fmt: skip
-    if lost:
-        raise CheckpointError(
-            f"the loaded model has no parameter {lost[0]} of that shape: its checkpoint names or stores its weights "
-            "otherwise",
-            "Masks can be learnt on what transformers loads under its own name; stacks of experts are not among that.",
-        )
-    changes: dict[str, Change] = {}
-    fixed: Weights = {}
-    workspace = Workspace()
-    for done, name in enumerate((*chosen, *others), 1):
-        own = parameters[there[name]]
-        if done <= len(chosen):
-            change = change_of(fine, name, how, factors=config.mask_factors, workspace=workspace)
-            changes[there[name]] = placed(change, own.device, own.dtype)
-        else:
-            fixed[there[name]] = unmasked(fine, name, how, own.detach(), workspace).to(own.device, own.dtype)
-        report("fusing", done, len(chosen) + len(others))
-    return MaskedModel(
-        model, changes, fixed, grain, temperature=config.temperature, seed=config.seed,
-        dtype=getattr(torch, config.logits_dtype),
-    )  # fmt: skip
 
 
 def _reference(
