@@ -226,6 +226,14 @@ def test_a_mask_over_factors_says_what_it_is(tuned, tmp_path):
     masks.by_hand(tmp_path / "mask", base, adapters, logits, fusion="mean", factors=True)
     done = merge(adapters, None, tmp_path / "out", base=base, method="somf", mask=str(tmp_path / "mask"))
     assert any("not masking the weights" in note for note in done.notes)
+    config = MergeConfig(
+        model=[str(m) for m in adapters],
+        base=str(base),
+        mask=str(tmp_path / "mask"),
+        method="somf",
+        out=str(tmp_path / "o"),
+    )
+    assert forecast(merging_run.prepare(config)).total > 0
     found, aligned = models.weights(tmp_path / "out"), models.weights(base)
     from safegraft.tensors.adapter import Adapter
     from safegraft.tensors.checkpoint import Checkpoint
@@ -255,6 +263,8 @@ def test_doubts_and_refusals(tuned, tmp_path):
     assert "other fine-tunes" in done.warnings[0]
     assert "learnt under the fusion sum" in done.warnings[1]
     assert "have no mask and are fused as they are" in done.notes[-1]
+    weighed = merge([two, one], None, tmp_path / "weighed", weights=[1.0, 2.0], **told)
+    assert "learnt with other weights" in weighed.warnings[0]
     with pytest.raises(LineageError, match="other fine-tunes"):
         merge([one, three], None, tmp_path / "strict", strict=True, **told)
     for settings, why in [

@@ -112,7 +112,7 @@ def masked_weights(
         dims, there = len(fine.layout.spec(name).shape), fine.pairing.counterparts[name]
         takes = there in inside and 0 < dims < 3 and fine.rows(name) is None
         if takes and factors:
-            takes = all(one.adapter and name in one.adapter.lora and name not in one.adapter.replaced for one in every)
+            takes = all(one.rank(name) is not None for one in every)
         (chosen if takes else others).append(name)
     if not chosen:
         raise ConfigError(
@@ -120,21 +120,13 @@ def masked_weights(
             "Choose another --scope or --layers, or check --aligned and --model.",
         )
     for name in chosen if factors else ():
-        ranks = {one.label: rank_of(one, name) for one in every}
+        ranks = {one.label: one.rank(name) for one in every}
         if len(set(ranks.values())) > 1:
             raise MismatchError(
                 f"{name} has LoRA updates of different rank: {', '.join(f'{k} {r}' for k, r in ranks.items())}",
                 "One mask is shared by all fine-tunes: leave out --mask-factors, which masks the products.",
             )
     return chosen, others
-
-
-def rank_of(fine: FineTune, name: str) -> int | None:
-    """Rank of an adapter's update of a weight; None where it has none, or is no adapter."""
-    module = fine.adapter.lora.get(name) if fine.adapter else None
-    if fine.adapter is None or module is None or name in fine.adapter.replaced:
-        return None
-    return fine.adapter.file.layout.entries[module.a].spec.shape[0]
 
 
 def placed_changes(

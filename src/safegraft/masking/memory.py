@@ -13,7 +13,6 @@ from ..errors import ConfigError
 from ..merging.fusion import Fusion
 from ..tensors.finetune import FineTune
 from ..tensors.masking import Grain
-from .changes import rank_of
 
 STATE = 8
 """Bytes an AdamW logit has: two float32 moments."""
@@ -78,7 +77,7 @@ def expected(
     changes = numbers = state = 0
     for name in chosen:
         shape = layout.spec(name).shape
-        ranks = [rank_of(one, name) for one in (fine, *fine.others)]
+        ranks = [one.rank(name) for one in (fine, *fine.others)]
         low = [r * sum(shape) * 4 for r in ranks if r is not None]
         dense = math.prod(shape) * width
         if how.linear and not factors:

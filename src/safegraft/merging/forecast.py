@@ -164,7 +164,8 @@ def _logits(ready: Prepared, shape: tuple[int, ...], g: torch.Generator) -> Mask
     assert ready.mask is not None
     grain = ready.mask.grain
     if ready.mask.factors:
-        left, right = (Logits(torch.randn(n, LORA, generator=g), (n, LORA), grain) for n in shape)
+        rank = min(LORA, *shape)
+        left, right = (Logits(torch.randn(n, rank, generator=g), (n, rank), grain) for n in shape)
         return left, right
     return Logits(torch.randn(grain.shape(shape), generator=g), shape, grain)
 

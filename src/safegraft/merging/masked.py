@@ -10,6 +10,7 @@ from .fusion import usual_scale
 from .method import Method
 from .methods.masked import Somf
 from .plan import Plan
+from .record import fine_tunes
 from .survey import Survey
 
 FACTORS = (
@@ -63,8 +64,7 @@ def _require_factors(fine: FineTune, mask: Mask, names: list[str]) -> None:
     for name in names:
         ranks = {mask.spec(f"{fine.pairing.counterparts[name]}{side}").shape[1] for side in ("#left", "#right")}
         for one in (fine, *fine.others):
-            module = one.adapter.lora.get(name) if one.adapter else None
-            rank = one.adapter.file.layout.entries[module.a].spec.shape[0] if one.adapter and module else None
+            rank = one.rank(name)
             if {rank} != ranks:
                 found = "no LoRA update there" if rank is None else f"rank {rank}"
                 raise MismatchError(
@@ -111,13 +111,15 @@ def mask_doubts(fine: FineTune, found: Survey, mask: Mask | None, params: Settin
             f"{fine.base.label} is not the aligned model that the mask {mask.label} was learnt on "
             f"({learnt['aligned']['name']}): it is about other weights"
         )
-    known = sorted(item["sha256"] for key, item in learnt.items() if key.startswith("model"))
-    if known != sorted([here["model"], *found.other_sha256]):
+    known, given = ([i for k, i in t.items() if k.startswith("model")] for t in (learnt, fine_tunes(fine, found)))
+    if sorted(i["sha256"] for i in known) != sorted(i["sha256"] for i in given):
         said.append(
-            f"the mask {mask.label} was learnt on other fine-tunes ("
-            + ", ".join(item["name"] for key, item in learnt.items() if key.startswith("model"))
-            + "): what is safe to keep of these is not known"
+            f"the mask {mask.label} was learnt on other fine-tunes ({', '.join(i['name'] for i in known)}): what is safe "
+            "to keep of these is not known"
         )
+    elif sorted((i["sha256"], i["weight"]) for i in known) != sorted((i["sha256"], i["weight"]) for i in given):
+        weights = ", ".join(f"{i['name']} {i['weight']:g}" for i in known)
+        said.append(f"the mask {mask.label} was learnt with other weights: {weights}")
     if params.fusion != mask.manifest["fusion"]["kind"]:
         said.append(
             f"the mask {mask.label} was learnt under the fusion {mask.manifest['fusion']['kind']}, not this one"

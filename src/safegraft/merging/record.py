@@ -86,12 +86,15 @@ def adapter_sidecars(fine: FineTune) -> list[tuple[Path, str]]:
 
 def fine_tunes(fine: FineTune, found: Survey) -> dict[str, Any]:
     """The fine-tunes among a manifest's inputs."""
-    first = {"name": fine.label, "sha256": found.digests()["model"], "adapter": fine.adapter is not None}
-    ordered = sorted(fine.others, key=lambda other: other.adapter is None)  # as Survey.other_sha256
-    return {"model": first} | {
-        f"model {i}": {"name": other.label, "sha256": digest, "adapter": other.adapter is not None}
-        for i, (other, digest) in enumerate(zip(ordered, found.other_sha256, strict=True), 2)
-    }
+    digests = [found.digests()["model"], *found.other_sha256]
+    weights = dict(zip((id(one) for one in (fine, *fine.others)), fine.weights, strict=True))
+    ordered = [fine, *sorted(fine.others, key=lambda other: other.adapter is None)]  # as Survey.other_sha256
+    return {
+        f"model {i}" if i > 1 else "model": {
+            "name": one.label, "sha256": digest, "adapter": one.adapter is not None, "weight": weights[id(one)],
+        }
+        for i, (one, digest) in enumerate(zip(ordered, digests, strict=True), 1)
+    }  # fmt: skip
 
 
 def _vector_input(vector: SafetyVector | None) -> dict[str, Any]:
