@@ -114,8 +114,8 @@ def mask_doubts(fine: FineTune, found: Survey, mask: Mask | None, params: Settin
     known, given = ([i for k, i in t.items() if k.startswith("model")] for t in (learnt, fine_tunes(fine, found)))
     if sorted(i["sha256"] for i in known) != sorted(i["sha256"] for i in given):
         said.append(
-            f"the mask {mask.label} was learnt on other fine-tunes ({', '.join(i['name'] for i in known)}): what is safe "
-            "to keep of these is not known"
+            f"the mask {mask.label} was learnt on other fine-tunes ({', '.join(i['name'] for i in known)}): what is "
+            "safe to keep of these is not known"
         )
     elif sorted((i["sha256"], i["weight"]) for i in known) != sorted((i["sha256"], i["weight"]) for i in given):
         weights = ", ".join(f"{i['name']} {i['weight']:g}" for i in known)
