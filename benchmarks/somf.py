@@ -1,6 +1,6 @@
 """What a learnt mask keeps of safety and of the tasks, beside plain fusion, DARE, RESTA and interference.
 
-    python benchmarks/somf.py WORK --demo DEMO --data DATA [--steps 150 --lr 0.05] [--out docs/results/somf.jsonl]
+    python benchmarks/somf.py WORK --demo DEMO --data DATA [--steps 100 --lr 0.05] [--out docs/results/somf.jsonl]
     python benchmarks/somf_report.py docs/results/somf.jsonl --out docs/results
 
 DEMO is what `safegraft demo --out DEMO` left: aligned, finetuned (its task stands for maths) and vector. Two further
@@ -148,7 +148,10 @@ class Work:
                 }
                 yield variant, scale, lambda under=under: self.fused(setting, **under)
             drop = {"method": "dare", "weights": [scale] * count, "params": {"drop": DROP}}
-            yield "dare", scale, lambda drop=drop: self.fused(setting, **drop)
+            if drop["weights"] != [
+                1.0
+            ]:  # one fine-tune at weight 1 without a vector is kept as it is, whatever the method
+                yield "dare", scale, lambda drop=drop: self.fused(setting, **drop)
         for variant, (method, strengths) in VECTOR.items():
             for strength in strengths:
                 yield variant, strength, lambda m=method, s=strength: self._grafted(setting, m, s)
@@ -213,7 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--scope", default="all")

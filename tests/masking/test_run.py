@@ -18,6 +18,7 @@ from safegraft import merge
 from safegraft.cli import app
 from safegraft.config import SomfConfig, load
 from safegraft.errors import ConfigError, MismatchError, OutputError, UserError
+from safegraft.masking.check import Check, Look, findings
 from safegraft.masking.memory import Memory, expected, require_room
 from safegraft.masking.run import learn_mask
 from safegraft.merging.fusion import Fusion
@@ -120,7 +121,15 @@ def test_learning_prefers_the_chosen_answers(tuned, tmp_path):
     found = learn_mask(settings(tuned(), tmp_path / "mask", 2, steps=25, check_pairs=4, fusion="sum"))
     assert found.check.binary.margin > found.check.fused.margin
     assert not found.useless
-    assert 0.2 < found.binary < 0.8
+    assert 0.2 < found.kept < 0.8
+
+
+def test_a_mask_that_learnt_nothing_is_told():
+    worse, better = Look(0.5, 0.5, 0.7), Look(1.0, 0.5, 0.6)
+    assert findings(Check(4, better, worse, worse, better)) == []
+    assert (
+        "on 4 held-out pairs (margin +0.50 against +1.00 nats)" in findings(Check(4, better, better, worse, worse))[0]
+    )
 
 
 def test_permuting_the_fine_tunes_learns_the_same_mask(tuned, tmp_path):

@@ -169,7 +169,7 @@ def _print_check(found: Learnt, settings: SomfConfig) -> None:
     stdout.print(
         f"{told['learning']['steps']} steps, loss {told['learning']['first_loss']:.4f} to "
         f"{told['learning']['last_loss']:.4f}; {len(found.mask.weights)} weights, "
-        f"{found.binary:.1%} of the entries kept by the binary mask.",
+        f"{found.kept:.1%} of the logits above 0, which is what the binary mask keeps.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     models = " ".join(f"--model {m}" for m in settings.models)

@@ -66,7 +66,7 @@ class Learnt:
         return bool(findings(self.check))
 
     @property
-    def binary(self) -> float:
+    def kept(self) -> float:
         """Share of the logits above 0: what the binary mask keeps."""
         numbers = {name: self.mask.spec(name).numel for name in self.mask.names()}
         held = {n: sum(v for k, v in numbers.items() if k.partition("#")[0] == n) for n in self.mask.weights}
@@ -190,7 +190,7 @@ def _surveyed(fine: FineTune, report: Report) -> Survey:
     def count(_: str, nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        report("reading", min(done, total), total)
+        report("reading, MB", min(done, total) // 10**6, total // 10**6)
 
     return survey(fine, None, torch.get_num_threads(), count)
 
