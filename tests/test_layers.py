@@ -23,6 +23,7 @@ ALLOWED = {
     "report": FOUNDATION,
     "distilling": FOUNDATION | {"tensors", "train", "evaluate", "data"},
     "reasoning": FOUNDATION | {"tensors", "train", "evaluate", "data"},
+    "masking": FOUNDATION | {"tensors", "merging", "train", "evaluate", "data"},
     "tuning": FOUNDATION | {"tensors", "merging", "train", "evaluate", "data"},
 }
 ATTACKS = [f"evaluate/attacks/{name}.py" for name in ("base", "ciphers", "disguise", "framings", "loops", "shots")]
@@ -31,6 +32,8 @@ NO_IO = [
     "reasoning/segment.py",
     "merging/linalg.py",
     "merging/entries.py",
+    "merging/fusion.py",
+    "tensors/masking.py",
     *(f"evaluate/{name}.py" for name in PURE),
     *ATTACKS,
 ]

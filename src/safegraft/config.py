@@ -42,6 +42,7 @@ class MergeConfig(Settings):
     calibration: str | None = Field(
         None, description="the folder of `safegraft calibrate`, for methods that need one and no vector"
     )
+    mask: str | None = Field(None, description="the folder of `safegraft somf train`, for somf, which needs no vector")
     as_adapter: bool = Field(
         False, description="write a LoRA adapter: an adapter's with the vector inside, or a fine-tune's patch alone"
     )
@@ -172,6 +173,78 @@ class SafeKeyConfig(Settings):
             raise ValueError("no_qmm: there is nothing to unmask; leave out one of them")
         if self.no_checkpoints and (self.resume or self.save_steps):
             raise ValueError("no_checkpoints: nothing is kept to resume; leave out one of them")
+        return self
+
+
+class SomfConfig(Settings):
+    """One mask: which part of the fine-tunes' changes is safe to keep, learnt by DPO on safety preferences.
+
+    Defaults are those of SOMF (arXiv:2405.09055), but where a description says "ours".
+    """
+
+    aligned: str = Field(description="the model that refuses, of which all are fine-tunes: a folder or Hub id")
+    model: str | list[str] = Field(description="the fine-tune: a folder, a Hub id, or a LoRA adapter; several to fuse")
+    weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        None, description="one a fine-tune; 1 each if not given"
+    )
+    preferences: str = Field(
+        "starter", description="starter, a .json, .jsonl, .csv or .parquet file, or a Hub data set"
+    )
+    out: str = Field(description="the folder to write")
+    scope: ScopeName = Field("all", description="the weights that get a mask, of those that a fine-tune changed")
+    layers: str | None = Field(None, description="A:B, only layers A up to and without B; all if not given")
+    granularity: Literal["element", "row", "block"] = Field("element", description="entries that share a logit")
+    block: int = Field(64, ge=1, description="side of a block (ours)")
+    mask_factors: bool = Field(False, description="mask LoRA factors apart, as published, in place of their product")
+    fusion: Literal["sum", "task-arithmetic", "ties", "dare", "mean"] | None = Field(
+        None, description="sum of one fine-tune, task-arithmetic of several, if not given"
+    )
+    scale: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="λ of the fusion; the paper's if not given"
+    )
+    density: float = Field(0.2, gt=0, le=1, description="ties: share of each change's entries kept")
+    drop: float = Field(0.2, ge=0, lt=1, description="dare: share of each change's entries dropped")
+    temperature: float = Field(0.5, gt=0, allow_inf_nan=False, description="T of the relaxed mask")
+    beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="β of DPO")
+    reference: Literal["aligned", "fused"] = Field("aligned", description="DPO's reference, which is frozen (ours)")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="rate at the start, then down to 0 in a line")
+    batch: int = Field(16, ge=1, description="pairs a step")
+    micro_batch: int | None = Field(None, ge=1, description="pairs at a time; each draws its own mask (ours)")
+    steps: int = Field(1000, ge=1)
+    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="adafactor keeps factored state (ours)")
+    logits_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the logits; bfloat16 is rounded at random, lest small steps be lost (ours)"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights and the forward pass; auto: bfloat16 where a GPU has it (ours)"
+    )
+    samples: int | None = Field(None, ge=1, description="pairs to learn from; 5000, or the whole starter set")
+    allow_fewer: bool = Field(False, description="learn from what there is where that is less than samples")
+    check_pairs: int = Field(32, ge=1, description="pairs held out to tell what the mask does (ours)")
+    max_length: int = Field(512, ge=8, description="tokens after which a conversation is cut (ours)")
+    seed: int = 0
+    names: dict[str, list[str]] = Field(default_factory=dict, description="names of an unknown architecture's parts")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints (ours)")
+    resume: bool = False
+    force: bool = False
+
+    @property
+    def models(self) -> list[str]:
+        """Every fine-tune, the first one first."""
+        return [self.model] if isinstance(self.model, str) else self.model
+
+    @model_validator(mode="after")
+    def _fits(self) -> SomfConfig:
+        if not self.models:
+            raise ValueError("model: at least one fine-tune must be given")
+        if self.weights is not None and len(self.weights) != len(self.models):
+            raise ValueError(f"weights: {len(self.weights)} given for {len(self.models)} fine-tune(s); give one each")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch: {self.batch} pairs a step cannot be made of {self.micro_batch} at a time")
+        if self.mask_factors and self.granularity != "element":
+            raise ValueError(f"granularity: factors are masked by element, not by {self.granularity}")
+        if self.mask_factors and self.fusion in ("ties", "dare"):
+            raise ValueError(f"fusion: {self.fusion} takes whole changes, and mask_factors masks LoRA factors")
         return self
 
 

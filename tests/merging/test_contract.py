@@ -7,6 +7,7 @@ from safegraft.merging import methods as _methods
 from safegraft.merging.execute import generator, merge_tensor
 from safegraft.merging.method import METHODS, GlobalStats, TensorTriple
 from safegraft.tensors.lowrank import Delta, LowRank
+from safegraft.tensors.masking import Grain, Logits
 
 ALL = [method for _, method in METHODS]
 SHAPES = [(1,), (7,), (1, 1), (1, 5), (5, 1), (2, 2), (6, 4), (4, 6), (3, 4, 5)]
@@ -25,6 +26,13 @@ def normal(shape, seed, scale=1.0):
 def run(method, base, task, safety, name="layers.0.q_proj.weight"):
     if method.needs == "vector":
         return merge_tensor(method, method.parameters({}), STATS, name=name, base=base, tasks=[task], safety=safety)
+    if method.needs == "mask":
+        shape = tuple(base.shape)
+        logits = Logits(normal(shape, 4), shape, Grain()) if base.dim() < 3 else None
+        return merge_tensor(
+            method, method.parameters({}), GlobalStats(1.0, 0.0, 1.0), name=name, base=base, tasks=[task],
+            safety=Delta(shape), mask=logits,
+        )  # fmt: skip
     hessian = None
     if base.dim() == 2:
         inputs = normal((9, base.shape[1]), 3)
@@ -39,8 +47,8 @@ def run(method, base, task, safety, name="layers.0.q_proj.weight"):
 def test_shape_dtype_and_finite(method, shape):
     merged = run(method, normal(shape, 0), Delta(shape, full=normal(shape, 1)), Delta(shape, full=normal(shape, 2)))
     if merged is None:
-        assert method.name in KEEP_VECTORS
-        assert len(shape) == 1 or method.needs == "calibration"
+        assert method.name in KEEP_VECTORS or method.needs == "mask"
+        assert len(shape) == 1 or method.needs == "calibration" or (method.needs == "mask" and len(shape) == 3)
         return
     assert merged.dense().shape == shape
     assert merged.dense().dtype == torch.float32
@@ -57,7 +65,7 @@ def test_inputs_are_not_changed(method):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_zero_vector_keeps_the_fine_tune(method, shape):
-    if method.needs == "calibration":
+    if method.needs != "vector":
         pytest.skip("it takes no vector")
     task = Delta(shape, full=normal(shape, 1))
     assert run(method, normal(shape, 0), task, Delta(shape)) is None
@@ -81,8 +89,8 @@ def test_same_inputs_same_result_in_any_order(method):
 
 
 def test_an_unchanged_tensor_still_gets_the_vector(method):
-    if method.name in ("slerp", "safe_lora", "safe_delta"):
-        pytest.skip("slerp refuses a zero delta; safe_lora and safe_delta are about the fine-tune's alone")
+    if method.name in ("slerp", "safe_lora") or method.needs != "vector":
+        pytest.skip("slerp refuses a zero delta; safe_lora and what takes no vector are about the fine-tune's alone")
     merged = run(method, normal((6, 4), 0), Delta((6, 4)), Delta((6, 4), full=normal((6, 4), 2)))
     assert merged is not None
     assert float(merged.dense().norm()) > 0

@@ -85,7 +85,7 @@ def test_by_hand(trio, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("cost", "power"), [(lambda n: n**2, 2), (lambda n: n**3, 3)])
 def test_the_methods_growth_is_measured(llama70b, tmp_path, monkeypatch, cost, power):
     ready = prepare(load(MergeConfig, None, llama70b | {"out": str(tmp_path / "out")}))
-    monkeypatch.setattr(module, "_trial", lambda ready, rows, columns, known: 1e-9 * cost(min(rows, columns)))
+    monkeypatch.setattr(module, "_trial", lambda ready, rows, columns, *kinds: 1e-9 * cost(min(rows, columns)))
     unit = next(u for u in ready.plan.units if "q_proj" in u.name)
     assert module._method(unit, ready, {}) == pytest.approx(1e-9 * HIDDEN**power)
 

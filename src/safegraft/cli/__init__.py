@@ -25,6 +25,7 @@ from . import (
     push,
     report,
     safekey,
+    somf,
     tune,
     utility,
     vector,
@@ -55,6 +56,7 @@ app.command("push")(push.command)
 app.command("methods")(methods.command)
 app.add_typer(vector.app, name="vector")
 app.add_typer(safekey.app, name="safekey")
+app.add_typer(somf.app, name="somf")
 app.add_typer(attack.app, name="attack")
 app.add_typer(judges.app, name="judges")
 app.add_typer(utility.app, name="utility")

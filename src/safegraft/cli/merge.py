@@ -29,6 +29,7 @@ def command(
     calibration: str = typer.Option(
         None, help="What `safegraft calibrate` wrote of the base, in place of a vector: for safe_delta."
     ),
+    mask: str = typer.Option(None, help="What `safegraft somf train` wrote, in place of a vector: for somf."),
     out: str = typer.Option(None, help="The folder to write."),
     scope: str = typer.Option(
         None, help="Only the vector's tensors of this scope: attention, ffn, … [default: all it holds]"
@@ -75,7 +76,7 @@ def command(
     """Put a safety vector into a fine-tune."""
     given: dict[str, Any] = {
         "model": (model[0] if len(model) == 1 else model) if model else None, "weights": weight or None,
-        "base": base, "vector": vector, "scope": scope, "calibration": calibration,
+        "base": base, "vector": vector, "scope": scope, "calibration": calibration, "mask": mask,
         "out": out, "method": method, "strength": strength, "match_norm": match_norm,
         "as_adapter": as_adapter, "rank": rank,
         "dtype": dtype, "device": device, "workers": workers, "ray": ray,
@@ -97,14 +98,14 @@ def command(
     from ..merging.run import prepare, run_merge
 
     if dry_run:
-        _print_plan(prepare(settings))
+        print_plan(prepare(settings))
         return
     named = sorted({*(k for k, v in given.items() if v is not None), *settings.model_fields_set, *params})
     with progress_bar() as progress:
         summary = run_merge(settings, named, progress)
     warn(summary.warnings)
     note(summary.notes)
-    _print_summary(summary)
+    print_summary(summary)
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _parameters(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _print_plan(ready: Prepared) -> None:
+def print_plan(ready: Prepared) -> None:
     from ..merging.forecast import forecast
 
     table = Table("module", "action", "why", "tensors", "size", box=None, header_style="bold")
@@ -139,14 +140,16 @@ def _print_plan(ready: Prepared) -> None:
     stdout.print("Nothing was written.")
 
 
-def _print_summary(summary: MergeSummary) -> None:
+def print_summary(summary: MergeSummary) -> None:
+    """What a merge did, for people."""
     from ..merging.method import METHODS
 
     weight = "" if summary.mean_kept is None else f", {summary.mean_kept:.1%} of it kept on average"
     ratios = sorted(f["ratio"] for f in summary.tensors.values() if "ratio" in f) or [0.0]
     how = "of ‖τ‖" if summary.match_norm else "raw"
-    if METHODS.get(summary.method).needs == "calibration":
-        _print_accepted(summary)
+    needs = METHODS.get(summary.method).needs
+    if needs != "vector":
+        _print_accepted(summary) if needs == "calibration" else _print_masked(summary)
         return
     stdout.print(
         f"{summary.merged} tensors merged by {summary.method}, {summary.copied} kept as they were.\n"
@@ -167,6 +170,28 @@ def _print_summary(summary: MergeSummary) -> None:
         )
         return
     stdout.print(f"Wrote {summary.out}. Check it: safegraft verify {summary.out}", highlight=False, soft_wrap=True)
+
+
+def _print_masked(summary: MergeSummary) -> None:
+    rows = [f for f in summary.tensors.values() if "density" in f]
+    stdout.print(
+        f"{summary.merged} tensors merged by {summary.method}, {len(rows)} of them under the mask; "
+        f"{summary.copied} kept as they were.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if rows:
+        density, change = (sorted(f[key] for f in rows) for key in ("density", "size"))
+        stdout.print(
+            f"The mask's mean is {density[0]:.3f} to {density[-1]:.3f} (median {statistics.median(density):.3f}); what "
+            f"is added has {change[0]:.2f} to {change[-1]:.2f} times the norm of the plain fusion's (median "
+            f"{statistics.median(change):.2f}).",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    stdout.print(
+        f"{size(summary.bytes)} in {summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}.\n"
+        f"Wrote {summary.out}. Check it: safegraft verify {summary.out}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print_accepted(summary: MergeSummary) -> None:

@@ -18,6 +18,9 @@ def command() -> None:
         takes = "one or several fine-tunes, with or without a vector" if method.fuses else "one fine-tune and a vector"
         if method.needs == "calibration":
             takes, how = "one fine-tune and --calibration (safegraft calibrate BASE), no vector", "(its budget)"
-        stdout.print(f"  takes {takes}; strength {method.strength:g} {how}", highlight=False)
+        strength = f"strength {method.strength:g} {how}"
+        if method.needs == "mask":
+            takes, strength = "one or several fine-tunes and --mask (safegraft somf train), no vector", "no strength"
+        stdout.print(f"  takes {takes}; {strength}", highlight=False)
         for key, info in method.params.model_fields.items():
             stdout.print(f"  {key} = {info.default!r}: {info.description}", highlight=False, markup=False)

@@ -21,10 +21,14 @@ def model_card(fine: FineTune, method: Method, summary: MergeSummary) -> str:
     if method.needs == "calibration":
         made, strength = "with its safety put back", f"{summary.strength:g} (its budget)"
         how = "its changes were cut to a budget of damage to the aligned model's answers on safety prompts"
+    elif method.needs == "mask":
+        made, strength = "with its safety kept", "the fusion's own (see manifest.json)"
+        how = "of the fine-tunes' changes, what a mask learnt on safety preferences calls safe was kept"
     elif summary.safety_norm:
         made, how = "with its safety put back", "weights were merged with a safety vector"
     else:
         made, how = "fused", "several fine-tunes were merged, without a safety vector"
+    trained = "" if method.needs == "mask" else ", without training"
     return f"""---
 base_model:
 {parents}
@@ -37,7 +41,7 @@ tags:
 ---
 # {_plain(fine.label)}, {made}
 
-Made with Safegraft: {how}, without training.
+Made with Safegraft: {how}{trained}.
 
 | | |
 |---|---|

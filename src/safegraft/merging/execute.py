@@ -15,6 +15,8 @@ from ..errors import NumericError
 from ..tensors.calibration import Calibration
 from ..tensors.finetune import PIECE, FineTune
 from ..tensors.lowrank import Delta
+from ..tensors.mask import Mask, Masking, moved
+from ..tensors.randomness import generator
 from ..tensors.shards import Shards
 from ..tensors.source import Workspace, as_bytes
 from ..tensors.vector import SafetyVector
@@ -37,6 +39,7 @@ class Run:
     device: str = "cpu"
     seed: int = 0
     calibration: Calibration | None = None
+    mask: Mask | None = None
 
 
 class Done(NamedTuple):
@@ -101,18 +104,20 @@ def merge_tensor(
     weights: Sequence[float] = (1.0,),
     seed: int = 0,
     hessian: Tensor | None = None,
+    mask: Masking | None = None,
 ) -> Merged | None:
     """Apply a method to one tensor; a stack of matrices [e, m, n] goes slice by slice.
 
     Figures of a stack are the mean over its slices. None where the fine-tune is kept: where the only one there is
-    meets a zero vector and no ``hessian``, and where the method says so for every slice.
+    meets a zero vector, no ``hessian`` and no ``mask``, and where the method says so for every slice. Stacks have no
+    ``mask``.
     """
-    if hessian is None and _unchanged(safety, tasks, weights):
+    if hessian is None and mask is None and _unchanged(safety, tasks, weights):
         return None
 
     def call(label: str, base: Tensor, deltas: Sequence[Delta]) -> Merged | None:
         rng = generator(seed, label, base.device)
-        triple = TensorTriple(label, base, tuple(deltas[:-1]), tuple(weights), deltas[-1], rng, hessian)
+        triple = TensorTriple(label, base, tuple(deltas[:-1]), tuple(weights), deltas[-1], rng, hessian, mask)
         return method.function(triple, params, stats)
 
     if base.dim() <= 2:
@@ -131,12 +136,6 @@ def merge_tensor(
     told = [p.figures for p in parts if p]
     means = {key: sum(f[key] for f in told) / len(told) for key in told[0]}
     return Merged(stacked.reshape(shape), means)
-
-
-def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the run's seed and the tensor's name alone."""
-    mixed = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
 
 
 def _stack(delta: Delta) -> Delta:
@@ -166,15 +165,17 @@ def _compute(unit: Unit, targets: Sequence[str], run: Run, shards: Shards, works
     if run.vector is not None and name in fine.pairing.deltas:
         safety = fine.safety(name, run.vector, workspace).scaled(run.stats.alpha)
     hessian = run.calibration.hessian(fine.pairing.counterparts[name], workspace) if run.calibration else None
+    mask = run.mask.masking(fine.pairing.counterparts[name], workspace) if run.mask and unit.masked else None
     if run.device != "cpu":
         base, safety = base.to(run.device), safety.to(run.device)
         tasks = [task.to(run.device) for task in tasks]
         hessian = None if hessian is None else hessian.to(run.device)
+        mask = moved(mask, run.device)
     merged = None
     if unit.action == "merge":
         merged = merge_tensor(
             run.method, run.params, run.stats, name=name, base=base, tasks=tasks, safety=safety,
-            weights=fine.weights, seed=run.seed, hessian=hessian,
+            weights=fine.weights, seed=run.seed, hessian=hessian, mask=mask,
         )  # fmt: skip
     if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
         return _copy(unit, targets, run, shards)

@@ -24,6 +24,8 @@ import torch
 
 from ..tensors.files import ShardFile
 from ..tensors.lowrank import Delta, LowRank, Svd, sum_of_squares
+from ..tensors.mask import Masking
+from ..tensors.masking import Logits
 from ..tensors.source import as_bytes
 from .execute import merge_tensor
 from .method import GlobalStats
@@ -125,19 +127,19 @@ def _method(unit: Unit, ready: Prepared, trials: dict[tuple[int, ...], float]) -
     short, long = sorted((max(1, rows), max(1, columns)))
     side = min(short, SIDE, max(1, math.isqrt(AREA * short // long)))
     in_vector = unit.name in ready.fine.pairing.deltas
-    key = (rows, columns, in_vector)
+    key = (rows, columns, in_vector, unit.masked)
     if key not in trials:
-        large = _trial(ready, rows * side // short or 1, columns * side // short or 1, in_vector)
+        large = _trial(ready, rows * side // short or 1, columns * side // short or 1, in_vector, unit.masked)
         growth = side / short
         power = 2.0
         if side < short and side >= 64:
-            half = _trial(ready, rows * side // short // 2, columns * side // short // 2, in_vector)
+            half = _trial(ready, rows * side // short // 2, columns * side // short // 2, in_vector, unit.masked)
             power = 3.0 if math.log2(large / half) > CUBIC else 2.0
         trials[key] = large / growth**power
     return stack * trials[key]
 
 
-def _trial(ready: Prepared, rows: int, columns: int, in_vector: bool) -> float:
+def _trial(ready: Prepared, rows: int, columns: int, in_vector: bool, masked: bool) -> float:
     """Seconds of the method on random deltas of this shape, of the kinds that the inputs have."""
     fine, rank = ready.fine, ready.vector.rank if ready.vector is not None else None
     g = torch.Generator().manual_seed(0)
@@ -147,14 +149,25 @@ def _trial(ready: Prepared, rows: int, columns: int, in_vector: bool) -> float:
     known = ready.vector is not None and any(key.endswith("#s") for key in ready.vector.file.layout.entries)
     safety = _delta(shape, rank, g, known=known) if in_vector else Delta(shape)
     stats = GlobalStats(1.0, 1.0, 1.0)
+    mask = _logits(ready, shape, g) if masked else None
 
     def call() -> None:
         merge_tensor(
             ready.method, ready.params, stats, name="trial", base=base, tasks=tasks, safety=safety,
-            weights=fine.weights,
+            weights=fine.weights, mask=mask,
         )  # fmt: skip
 
     return _seconds(call)
+
+
+def _logits(ready: Prepared, shape: tuple[int, ...], g: torch.Generator) -> Masking:
+    assert ready.mask is not None
+    grain = ready.mask.grain
+    if ready.mask.factors:
+        rank = min(LORA, *shape)
+        left, right = (Logits(torch.randn(n, rank, generator=g), (n, rank), grain) for n in shape)
+        return left, right
+    return Logits(torch.randn(grain.shape(shape), generator=g), shape, grain)
 
 
 def _delta(shape: tuple[int, ...], rank: int | None, g: torch.Generator, *, known: bool = False) -> Delta:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Settings, validated
 from ..registry import Registry
 from ..tensors.lowrank import Delta, LowRank
+from ..tensors.mask import Masking
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TensorTriple:
         rng: seeded from (run seed, tensor name), so that order, workers and resuming change nothing.
         hessian: H [n, n] of a weight [m, n], the mean of x xᵀ over its inputs on the calibration's prompts; None where
             the calibration has none, and for methods that need no calibration.
+        mask: the logits of its learnt mask (tensors/mask.py); None where the mask has none, and for other methods.
     """
 
     name: str
@@ -35,6 +37,7 @@ class TensorTriple:
     safety: Delta
     rng: torch.Generator
     hessian: Tensor | None = None
+    mask: Masking | None = None
 
     @property
     def task(self) -> Delta:
@@ -62,7 +65,7 @@ class Merged(NamedTuple):
         return self.delta if isinstance(self.delta, Tensor) else self.delta.dense()
 
 
-Needs = Literal["vector", "calibration"]
+Needs = Literal["vector", "calibration", "mask"]
 
 MethodFunction = Callable[[TensorTriple, Any, GlobalStats], Merged | None]
 
@@ -75,8 +78,9 @@ class Method:
         strength: used where the user gives none. match_norm: whether it is a share of ‖τ‖ (s = β·‖τ‖/‖Δ‖·Δ) or a
             factor (s = βΔ), where the user does not say. fuses: whether it takes several fine-tunes, and then also
             none but them, without a vector. needs: what it knows of safety from: a safety vector, or a calibration
-            (tensors/calibration.py) and then no vector. entrywise: whether the answer for some rows of a matrix
-            depends on those rows alone, so that the engine may hand a tensor over in pieces.
+            (tensors/calibration.py) or a learnt mask (tensors/mask.py), and then no vector. entrywise: whether the
+            answer for some rows of a matrix depends on those rows alone, so that the engine may hand a tensor over in
+            pieces.
     """
 
     name: str

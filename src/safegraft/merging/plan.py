@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +18,15 @@ from ..tensors.vector import SafetyVector
 Action = Literal["copy", "cast", "apply", "merge"]
 
 WHY: dict[Action, str] = {
-    "copy": "not in the vector or calibration: the fine-tune's bytes",
+    "copy": "not in the vector, calibration or mask: the fine-tune's bytes",
     "cast": "not in the vector: the fine-tune's values in the dtype asked for",
     "apply": "not in the vector: base plus the adapter's update",
-    "merge": "in the vector or calibration, or of several fine-tunes: the method decides",
+    "merge": "in the vector, calibration or mask, or of several fine-tunes: the method decides",
 }
 PROCESS_BYTES = 420_000_000
 """Resident memory of Python with torch loaded, before any weight is read."""
+MASK = 3
+"""Tensors of a weight's size that are held for its mask: logits, mask and their quotient with the mean."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Unit:
 
     ``also`` are stored copies of the same weight (a tied head) that get the same bytes,
     ``models`` how many fine-tunes are read for it, ``hessian`` bytes of its calibration matrix, ``in_pieces`` whether a
-    few rows at a time are enough."""
+    few rows at a time are enough, ``masked`` whether a learnt mask decides on it."""
 
     name: str
     action: Action
@@ -43,6 +45,7 @@ class Unit:
     models: int = 1
     hessian: int = 0
     in_pieces: bool = False
+    masked: bool = False
 
     @property
     def why(self) -> str:
@@ -67,7 +70,8 @@ class Unit:
             return 3 * CHUNK
         if self.in_pieces:
             return (8 + self.models) * max(PIECE, self.spec.shape[-1]) * 4
-        return (8 + self.models) * self.spec.numel * 4 + 7 * self.hessian
+        held = 8 + self.models + (MASK if self.masked else 0)
+        return held * self.spec.numel * 4 + 7 * self.hessian
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,20 @@ def make_plan(
     vector: SafetyVector | None,
     dtype: torch.dtype | None = None,
     hessians: Mapping[str, int] | None = None,
+    masked: Collection[str] = (),
     *,
     entrywise: bool = False,
 ) -> Plan:
     """Plan the output of merging ``vector`` into ``fine``; ``dtype`` changes floating-point weights' dtype,
-    ``hessians`` are the weights that a calibration decides on and the bytes of their matrices.
+    ``hessians`` are the weights that a calibration decides on and the bytes of their matrices, ``masked`` those that a
+    mask does.
 
     ``entrywise``: whether the method's answer for some rows depends on those rows alone.
 
     With the fine-tune's own dtype each shard's header is the fine-tune's, byte for byte.
     """
     layout = fine.layout
-    changed = {*(fine.pairing.deltas if vector is not None else ()), *(hessians or ())}
+    changed = {*(fine.pairing.deltas if vector is not None else ()), *(hessians or ()), *masked}
     layouts, specs = [], {}
     for filename, shard in layout.shards.items():
         old = [entry.spec for entry in sorted(shard.layout.entries.values(), key=lambda e: e.offset)]
@@ -136,7 +142,7 @@ def make_plan(
             action = "cast"
         held = (hessians or {}).get(name, 0)
         also, pieces = tuple(copies.get(name, ())), entrywise and action == "merge" and fine.in_pieces(name)
-        units.append(Unit(name, action, specs[name], layout.shard_of(name), also, models, held, pieces))
+        units.append(Unit(name, action, specs[name], layout.shard_of(name), also, models, held, pieces, name in masked))
     return Plan(tuple(units), tuple(layouts), tuple(fine.pairing.notes))
 
 

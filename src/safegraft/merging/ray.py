@@ -23,6 +23,7 @@ from ..manifest import versions
 from ..tensors.calibration import Calibration
 from ..tensors.files import ShardLayout
 from ..tensors.finetune import FineTune
+from ..tensors.mask import Mask
 from ..tensors.scopes import Scope
 from ..tensors.shards import Shards
 from ..tensors.source import Workspace
@@ -58,6 +59,7 @@ class Job:
     vector: str | None
     scope: Scope | None
     calibration: str | None
+    mask: str | None
     method: str
     params: dict[str, Any]
     survey: Survey
@@ -205,14 +207,15 @@ def write_batch(job: Job, units: Sequence[Unit]) -> Written:
 
 
 def _job(run: Run, folder: OutputFolder) -> Job:
-    fine, vector, calibration, params = run.fine, run.vector, run.calibration, run.params
+    fine, vector, calibration, mask, params = run.fine, run.vector, run.calibration, run.mask, run.params
     return Job(
         [str((one.adapter or one.layout).path.absolute()) for one in (fine, *fine.others)], list(fine.weights),
         str(fine.base.path.absolute()), None if vector is None else str(vector.path.absolute()),
         None if vector is None else vector.scope,
         None if calibration is None else str(calibration.path.absolute()),
+        None if mask is None else str(mask.path.absolute()),
         run.method.name, params.model_dump(), run.survey, run.stats, run.seed,
-        fingerprints(fine, vector, calibration), versions(), folder.partial, folder.layouts, folder.out,
+        fingerprints(fine, vector, calibration, mask), versions(), folder.partial, folder.layouts, folder.out,
     )  # fmt: skip
 
 
@@ -231,14 +234,15 @@ def _opened(job: Job, node: str) -> Run:
     try:
         vector = None if job.vector is None else SafetyVector(job.vector, job.scope)
         calibration = None if job.calibration is None else Calibration(job.calibration)
+        mask = None if job.mask is None else Mask(job.mask)
         fine = FineTune.open(job.models, job.base, vector, job.weights)
     except CheckpointError as error:
         raise CheckpointError(f"on node {node}: {error.args[0]}", shared) from error
-    if fingerprints(fine, vector, calibration) != job.inputs:
+    if fingerprints(fine, vector, calibration, mask) != job.inputs:
         raise MismatchError(f"node {node} sees other inputs under the same paths", shared)
     method = METHODS.get(job.method)
     params = method.parameters(job.params)
-    return Run(fine, vector, method, params, job.survey, job.stats, seed=job.seed, calibration=calibration)
+    return Run(fine, vector, method, params, job.survey, job.stats, seed=job.seed, calibration=calibration, mask=mask)
 
 
 def _require_answer(address: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..manifest import digest_of, new_manifest
 from ..tensors.calibration import Calibration
 from ..tensors.finetune import FineTune
+from ..tensors.mask import Mask
 from ..tensors.vector import SafetyVector
 from .lineage import layer_ratios
 from .survey import Survey
@@ -37,11 +38,11 @@ def merge_manifest(
         seed=0,
         started=started,
         inputs={
-            "model": {"name": fine.label, "sha256": digests["model"], "adapter": fine.adapter is not None},
-            **_further(fine, found),
+            **fine_tunes(fine, found),
             "base": {"name": fine.base.label, "sha256": digests["base"]},
             **_vector_input(ready.vector),
             **_calibration_input(ready),
+            **_mask_input(ready.mask),
         },
     )
     manifest["result"] = {
@@ -58,11 +59,14 @@ def merge_manifest(
     return manifest
 
 
-def fingerprints(fine: FineTune, vector: SafetyVector | None, calibration: Calibration | None = None) -> dict[str, Any]:
+def fingerprints(
+    fine: FineTune, vector: SafetyVector | None, calibration: Calibration | None = None, mask: Mask | None = None
+) -> dict[str, Any]:
     """Enough of all inputs to notice that one is not what it was, or not the same on another machine."""
     known = vector.manifest.get("outputs", {}).get("tensors") if vector else None
     measured = calibration.manifest["outputs"] if calibration else None
-    return {"inputs": fine.fingerprints(), "vector": known, "calibration": measured}
+    found = {"inputs": fine.fingerprints(), "vector": known, "calibration": measured}
+    return found if mask is None else found | {"mask": mask.manifest["outputs"]}
 
 
 def tokenizer_files(folder: Path) -> list[str]:
@@ -80,13 +84,17 @@ def adapter_sidecars(fine: FineTune) -> list[tuple[Path, str]]:
     return found
 
 
-def _further(fine: FineTune, found: Survey) -> dict[str, Any]:
-    """The further fine-tunes among a manifest's inputs."""
-    ordered = sorted(fine.others, key=lambda other: other.adapter is None)  # as Survey.other_sha256
+def fine_tunes(fine: FineTune, found: Survey) -> dict[str, Any]:
+    """The fine-tunes among a manifest's inputs."""
+    digests = [found.digests()["model"], *found.other_sha256]
+    weights = dict(zip((id(one) for one in (fine, *fine.others)), fine.weights, strict=True))
+    ordered = [fine, *sorted(fine.others, key=lambda other: other.adapter is None)]  # as Survey.other_sha256
     return {
-        f"model {i}": {"name": other.label, "sha256": digest, "adapter": other.adapter is not None}
-        for i, (other, digest) in enumerate(zip(ordered, found.other_sha256, strict=True), 2)
-    }
+        f"model {i}" if i > 1 else "model": {
+            "name": one.label, "sha256": digest, "adapter": one.adapter is not None, "weight": weights[id(one)],
+        }
+        for i, (one, digest) in enumerate(zip(ordered, digests, strict=True), 1)
+    }  # fmt: skip
 
 
 def _vector_input(vector: SafetyVector | None) -> dict[str, Any]:
@@ -111,6 +119,16 @@ def _calibration_input(ready: Prepared) -> dict[str, Any]:
             "name": ready.calibration.label, "sha256": digest, "inputs": about["inputs"], "config": about["config"],
         }
     }  # fmt: skip
+
+
+def _mask_input(mask: Mask | None) -> dict[str, Any]:
+    if mask is None:
+        return {}
+    about = mask.manifest
+    digest = digest_of(about["outputs"]["tensors"])
+    return {
+        "mask": {"name": mask.label, "sha256": digest, "inputs": about["inputs"], "config": about["config"]},
+    }
 
 
 def renamed_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:

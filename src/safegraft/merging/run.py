@@ -22,6 +22,7 @@ from ..tensors.calibration import Calibration
 from ..tensors.checkpoint import INDEX
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
+from ..tensors.mask import Mask
 from ..tensors.source import Workspace
 from ..tensors.vector import SafetyVector
 from ..tensors.writer import OutputFolder, check_free
@@ -31,6 +32,7 @@ from .calibrated import calibrated, calibration_doubts, calibration_notes, requi
 from .card import model_card
 from .execute import Run, execute, merge_tensor
 from .lineage import cosine, doubts
+from .masked import mask_doubts, mask_notes, masked, require_mask_alone, settled
 from .method import METHODS, GlobalStats, Merged, Method
 from .plan import Plan, index_of, make_plan
 from .ray import Cluster, require_ray
@@ -93,6 +95,7 @@ class Prepared:
     plan: Plan
     workers: int
     calibration: Calibration | None = None
+    mask: Mask | None = None
 
     def peak_bytes(self) -> int:
         return self.plan.peak_bytes(self.workers)
@@ -112,6 +115,7 @@ def prepare(config: MergeConfig) -> Prepared:
     if config.ray:
         require_ray()
     calibration = None if config.calibration is None else Calibration(config.calibration)
+    mask = None if config.mask is None else Mask(config.mask)
     vector = None if config.vector is None else SafetyVector(config.vector, config.scope)
     fine = FineTune.open(config.models, config.base, vector, config.weights)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -119,8 +123,11 @@ def prepare(config: MergeConfig) -> Prepared:
     strength = method.strength if config.strength is None else config.strength
     match_norm = method.match_norm if config.match_norm is None else config.match_norm
     hessians = None if calibration is None else calibrated(fine, calibration)
-    plan = make_plan(fine, vector, dtype, hessians, entrywise=method.entrywise)
-    return Prepared(config, fine, vector, method, params, strength, match_norm, plan, workers, calibration)
+    if mask is not None:
+        params = settled(params, fine, mask)
+    decided = () if mask is None else masked(fine, mask)
+    plan = make_plan(fine, vector, dtype, hessians, decided, entrywise=method.entrywise)
+    return Prepared(config, fine, vector, method, params, strength, match_norm, plan, workers, calibration, mask)
 
 
 def _require_taken(config: MergeConfig, method: Method) -> None:
@@ -133,9 +140,14 @@ def _require_taken(config: MergeConfig, method: Method) -> None:
         )
     if method.needs == "calibration":
         require_calibration_alone(config, method)
-        return
-    if config.calibration is not None:
+    if method.needs == "mask":
+        require_mask_alone(config, method)
+    if config.mask is not None and method.needs != "mask":
+        raise ConfigError(f"{method.name} uses no mask", "Leave out --mask, or say --method somf.")
+    if config.calibration is not None and method.needs != "calibration":
         raise ConfigError(f"{method.name} uses no calibration", "Leave out --calibration, or say --method safe_delta.")
+    if method.needs != "vector":
+        return
     if config.vector is None and not (method.fuses and (len(config.models) > 1 or config.weights)):
         raise ConfigError(
             "the vector is missing",
@@ -163,7 +175,7 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
     identity = digest_of(
         {
             "config": config.model_dump(exclude={"out", "workers", "ray", "resume", "force", "strict"}),
-            **fingerprints(fine, vector, ready.calibration),
+            **fingerprints(fine, vector, ready.calibration, ready.mask),
         }
     )
     folder = OutputFolder(Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume)
@@ -172,7 +184,8 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
         warnings = _doubts(ready, found)
         stats = _stats(ready, found)
         run = Run(
-            fine, vector, ready.method, ready.params, found, stats, config.device, calibration=ready.calibration
+            fine, vector, ready.method, ready.params, found, stats, config.device, calibration=ready.calibration,
+            mask=ready.mask,
         )  # fmt: skip
         count = _counter(progress, "merge", plan.output_bytes)
         if cluster is None:
@@ -225,6 +238,7 @@ def _run_as_adapter(ready: Prepared, given: list[str], progress: Report | None, 
 
 def _doubts(ready: Prepared, found: Survey) -> list[str]:
     warnings = doubts(found) + calibration_doubts(ready.fine, found, ready.calibration)
+    warnings += mask_doubts(ready.fine, found, ready.mask, ready.params)
     if ready.vector is not None:
         warnings += ready.vector.doubts()
     if warnings and ready.config.strict:
@@ -234,7 +248,7 @@ def _doubts(ready: Prepared, found: Survey) -> list[str]:
 
 def _stats(ready: Prepared, found: Survey) -> GlobalStats:
     alpha = scale(ready.strength, found, match_norm=ready.match_norm)
-    if ready.calibration is not None:
+    if ready.method.needs != "vector":
         alpha = ready.strength
     return GlobalStats(found.task_norm, found.safety_norm, alpha)
 
@@ -249,14 +263,16 @@ def _summary(
     warnings: list[str],
     started: float,
 ) -> MergeSummary:
-    for name, values in figures.items() if ready.calibration is None else ():
+    for name, values in figures.items() if ready.method.needs == "vector" else ():
         _add_ratio(values, name, found, stats)
     return MergeSummary(
         out=Path(ready.config.out), method=ready.config.method, strength=ready.strength, match_norm=ready.match_norm,
         alpha=stats.alpha, task_norm=stats.task_norm, safety_norm=stats.safety_norm, cosine=cosine(found),
         tensors=figures, copied=0 if ready.config.as_adapter else len(ready.plan.units) - merged, merged=merged,
         bytes=nbytes, seconds=time.time() - started, peak_memory_bytes=peak_memory(), warnings=warnings,
-        notes=[*ready.plan.notes, *calibration_notes(ready.plan, ready.calibration)],
+        notes=[
+            *ready.plan.notes, *calibration_notes(ready.plan, ready.calibration), *mask_notes(ready.plan, ready.mask),
+        ],
     )  # fmt: skip
 
 
@@ -334,10 +350,10 @@ def merge(
     Args:
         model: the fine-tune (folder or Hub id), or a LoRA adapter; several of one base for methods that fuse.
         base: what it was fine-tuned from; an adapter's config may name it. vector: a safety vector's folder; None
-            only where several fine-tunes are fused, or with a calibration. out: the folder to write.
+            only where several fine-tunes are fused, or with a calibration or a mask. out: the folder to write.
         progress: called with (stage, bytes done, bytes in all).
         **settings: the other fields of safegraft.config.MergeConfig: method, strength (≥ 0), match_norm, weights,
-            calibration, params, dtype, device, workers, ray, resume, force, strict.
+            calibration, mask, params, dtype, device, workers, ray, resume, force, strict.
 
     Returns:
         MergeSummary.

@@ -107,8 +107,9 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
     found = dict(parallel(one, names, workers))
     adapter = sha256(fine.adapter.raw_bytes()) if fine.adapter else None
     others = [sha256(o.adapter.raw_bytes()) for o in fine.others if o.adapter]
-    columns = zip(*(found[n].other_sha256 for n in sorted(found) if found[n].other_sha256), strict=True)
-    others += [digest_of(column) for column in columns]
+    told = {name: stats.other_sha256 for name, stats in found.items() if stats.other_sha256}
+    columns = zip(*told.values(), strict=True)
+    others += [digest_of(dict(zip(told, column, strict=True))) for column in columns]  # as Survey.digests
     return Survey({n: found[n] for n in layout.names() if n in found}, adapter, others)
 
 

@@ -115,6 +115,12 @@ class FineTune:
         """Whether the first fine-tune may differ from its base in ``name``."""
         return self.adapter is None or name in self.adapter
 
+    def rank(self, name: str) -> int | None:
+        """Rank of the first fine-tune's LoRA update of ``name``; None where it is none."""
+        if self.adapter is None or name not in self.adapter.lora or name in self.adapter.replaced:
+            return None
+        return self.adapter.file.layout.entries[self.adapter.lora[name].a].spec.shape[0]
+
     def read(self, name: str, workspace: Workspace) -> tuple[Tensor, list[Delta]]:
         """``(W_b, [τ of every fine-tune])`` of one tensor in float32 over its common rows, in ``workspace``."""
         rows, there = self.rows(name), self.pairing.counterparts[name]

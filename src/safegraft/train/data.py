@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,14 +82,17 @@ class Encoded:
     labels: list[int]
 
 
-def encode(tokenizer: Any, prompt: str, answer: str, *, max_length: int | None = None) -> Encoded:
+def encode(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], answer: str, *, max_length: int | None = None
+) -> Encoded:
     """Render with the chat template and tokenise once; label the answer and the token that ends it, nothing else.
 
     The whole conversation is one text, so no token boundary differs from what the model sees later. Which tokens
     belong to the answer is read off the offset mapping. What the template puts after the end token is cut off.
 
     Args:
-        tokenizer: a fast tokenizer with a chat template. max_length: longer conversations are cut at the end.
+        tokenizer: a fast tokenizer with a chat template. prompt: the user's request, or all turns up to it, each with
+            ``role`` and ``content``. max_length: longer conversations are cut at the end.
 
     Raises:
         ConfigError: no chat template, no offset mapping, a template whose prompt is not a prefix of the whole, or an
@@ -99,7 +102,7 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, max_length: int | None =
         raise ConfigError("the tokenizer has no chat template", "Give a chat model, or set tokenizer.chat_template.")
     if not tokenizer.is_fast:
         raise ConfigError("the tokenizer gives no character offsets (it is not a fast tokenizer)")
-    user = [{"role": "user", "content": prompt}]
+    user = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], tokenize=False)
     if not whole.startswith(head):

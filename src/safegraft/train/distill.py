@@ -24,7 +24,7 @@ from ..errors import ConfigError, OutputError
 from ..tensors.lowrank import LowRank
 from ..tensors.scopes import KNOWN, LayerRange, Names, Scope, chosen_weights, modules_in_scope
 from .data import Conversations, Encoded, PadRight
-from .finetune import Progress, Watcher, pad_id, skips_logits
+from .finetune import Progress, Watcher, arguments, pad_id, skips_logits
 from .linearize import Linearised, linearize
 
 ADAPTER = "safegraft"
@@ -192,11 +192,10 @@ def train(
     if recipe.checkpoints:
         model.activation_checkpointing_enable({"use_reentrant": False})
     cached, model.config.use_cache = model.config.use_cache, False
-    arguments = training_arguments(recipe, folder, device)
     watcher = Watcher(progress)
     trainer = OnlyTrained(
         model=model,
-        args=arguments,
+        args=training_arguments(recipe, folder, device),
         data_collator=PadRight(pad_id(tokenizer), from_first_label=skips_logits(model)),
         train_dataset=data,
         callbacks=[watcher],
@@ -214,8 +213,7 @@ def train(
 def training_arguments(recipe: Recipe, folder: Path, device: torch.device, **more: Any) -> TrainingArguments:
     """The Trainer's settings for ``recipe``, in every process; ``more`` overrides them."""
     micro = recipe.per_device(processes())
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
+    chosen: dict[str, Any] = {
         "num_train_epochs": recipe.epochs,
         "learning_rate": recipe.lr,
         "lr_scheduler_type": "cosine",
@@ -223,24 +221,11 @@ def training_arguments(recipe: Recipe, folder: Path, device: torch.device, **mor
         "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": recipe.batch // (micro * processes()),
-        "bf16": _bfloat16(recipe.precision, device),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
+        "bf16": bfloat16(recipe.precision, device),
         "save_strategy": "steps" if recipe.save_steps else "no",
         "save_steps": recipe.save_steps or 500,
-        "save_total_limit": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
-    arguments = TrainingArguments(**(settings | more))
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+    return arguments(folder, recipe.seed, device, **(chosen | more))
 
 
 def processes() -> int:
@@ -265,7 +250,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def _bfloat16(precision: str, device: torch.device) -> bool:
+def bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"

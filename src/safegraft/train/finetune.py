@@ -74,26 +74,16 @@ def finetune(
         watcher = Watcher(progress)
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(output_dir),
+            args=arguments(
+                output_dir,
+                seed,
+                next(model.parameters()).device,
                 num_train_epochs=epochs,
                 learning_rate=lr,
                 per_device_train_batch_size=batch,
                 lr_scheduler_type="linear",
                 warmup_steps=0.05,
-                weight_decay=0.0,
-                seed=seed,
-                data_seed=seed,
                 train_sampling_strategy="group_by_length",
-                use_cpu=next(model.parameters()).device.type == "cpu",
-                dataloader_pin_memory=False,
-                remove_unused_columns=False,
-                logging_strategy="steps",
-                logging_steps=1,
-                logging_nan_inf_filter=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
             data_collator=PadRight(pad_id(tokenizer), from_first_label=skips_logits(model)),
             train_dataset=data,
@@ -103,6 +93,30 @@ def finetune(
         trainer.train()
     model.eval()
     return TrainingResult(trainer.state.global_step, data.tokens * epochs, trained, tuple(watcher.losses))
+
+
+def arguments(folder: Path, seed: int, device: torch.device, **chosen: Any) -> TrainingArguments:
+    """The Trainer's settings that are the same in every training here: each step's loss is logged, nothing is printed
+    or reported, no weight decay, nothing is saved. ``chosen`` overrides them. One device a process."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "weight_decay": 0.0,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    made = TrainingArguments(**(settings | chosen))
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def skips_logits(model: nn.Module) -> bool:

@@ -1,5 +1,5 @@
 """Importing this package registers every built-in method."""
 
-from . import additive, calibrated, geometric, interference, sparse, subspace
+from . import additive, calibrated, geometric, interference, masked, sparse, subspace
 
-__all__ = ["additive", "calibrated", "geometric", "interference", "sparse", "subspace"]
+__all__ = ["additive", "calibrated", "geometric", "interference", "masked", "sparse", "subspace"]
