@@ -56,9 +56,9 @@ class Settings:
     and as many look-alikes, in pairs (see train.sources.two_in_one). ``answer_tokens``: answers are cut there.
     """
 
-    align: Training = Training(epochs=1, lr=2e-4)
+    align: Training = Training(epochs=1, lr=2e-4, batch=4)
     finetune: Training = Training(epochs=1, lr=1.5e-4)
-    surrogate: Training = Training(epochs=1, lr=3e-4)
+    surrogate: Training = Training(epochs=1, lr=2e-4, batch=4)
     instructions: int = 60
     joined: int = 60
     task_rows: int = 160
