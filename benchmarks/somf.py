@@ -73,8 +73,8 @@ def rows_of(data: Path, task: str, avoid: set[str]) -> tuple[list[Pair], list[Pa
 class Work:
     """The models and masks of the benchmark in a folder; what is there already is used."""
 
-    def __init__(self, folder: Path, demo: Path, data: Path, learning: dict[str, Any]) -> None:
-        self.folder, self.learning = folder, learning
+    def __init__(self, folder: Path, demo: Path, data: Path, learning: dict[str, Any], every: int = 1) -> None:
+        self.folder, self.learning, self.every = folder, learning, every
         self.aligned, self.vector = demo / "aligned", demo / "vector"
         self.tuned = {"maths": demo / "finetuned", **{t: folder / t for t in TASKS[1:]}}
         self.bad, self.good = prompts(data)
@@ -136,7 +136,7 @@ class Work:
 
     def cells(self, setting: str) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         """(variant, strength, how to make its model) in the order in which they are measured."""
-        scales, count = LAMBDAS[setting], len(self.models(setting))
+        scales, count = LAMBDAS[setting][:: self.every], len(self.models(setting))
         for scale in scales:
             many = {"method": "task_arithmetic", "weights": [scale] * count}
             yield "plain", scale, lambda many=many: self.fused(setting, **many)
@@ -148,12 +148,11 @@ class Work:
                 }
                 yield variant, scale, lambda under=under: self.fused(setting, **under)
             drop = {"method": "dare", "weights": [scale] * count, "params": {"drop": DROP}}
-            if drop["weights"] != [
-                1.0
-            ]:  # one fine-tune at weight 1 without a vector is kept as it is, whatever the method
+            # one fine-tune at weight 1 without a vector is kept as it is, whatever the method
+            if drop["weights"] != [1.0]:
                 yield "dare", scale, lambda drop=drop: self.fused(setting, **drop)
         for variant, (method, strengths) in VECTOR.items():
-            for strength in strengths:
+            for strength in strengths[:: self.every]:
                 yield variant, strength, lambda m=method, s=strength: self._grafted(setting, m, s)
 
     @contextmanager
@@ -225,9 +224,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--each", type=int, help="at most so many prompts of a kind and rows of a task, for a quick try"
     )
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th strength, from the first")
     parser.add_argument("--out", type=Path, default=Path("docs/results/somf.jsonl"))
     given = parser.parse_args()
     how = {k: getattr(given, k) for k in ("steps", "lr", "batch", "scope", "granularity", "max_length")}
-    todo = Work(given.work, given.demo, given.data, how)
+    todo = Work(given.work, given.demo, given.data, how, given.every)
     todo.make(given.settings)
     measure(todo, given.settings, given.out, given.each)
