@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from safegraft.errors import ConfigError, OutputError
+from safegraft.evaluate import environments
 from safegraft.evaluate.attacks import garak
 from safegraft.evaluate.records import Record
 
@@ -95,7 +96,7 @@ with open(os.path.join(place["report_dir"], "seen.json"), "w") as file:
 def environment(tmp_path):
     """A folder that looks like garak's environment; its interpreter writes a report and its own environment."""
     folder = tmp_path / "environment"
-    program = garak.python_of(folder)
+    program = environments.python_of(folder)
     program.parent.mkdir(parents=True)
     report = "".join(json.dumps(entry) + "\n" for entry in ENTRIES)
     program.write_text(STAND_IN.format(python=sys.executable, version=garak.VERSION, report=report), encoding="utf-8")
@@ -150,9 +151,16 @@ def test_setup_says_what_pip_said(tmp_path, monkeypatch):
         asked.append(command)
         return SimpleNamespace(returncode=1, stdout="", stderr="WARNING: x\nERROR: No matching distribution\nhint")
 
-    monkeypatch.setattr(garak.venv, "create", lambda folder, **_: folder.mkdir())
+    monkeypatch.setattr(environments.venv, "create", lambda folder, **_: folder.mkdir())
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(ConfigError, match="could not be installed: ERROR: No matching distribution") as caught:
         garak.setup(tmp_path / "new")
     assert "network" in caught.value.hint
-    assert asked[0] == [str(garak.python_of(tmp_path / "new")), "-m", "pip", "install", "--no-input", "garak==0.17.1"]
+    assert asked[0] == [
+        str(environments.python_of(tmp_path / "new")),
+        "-m",
+        "pip",
+        "install",
+        "--no-input",
+        "garak==0.17.1",
+    ]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from safegraft.errors import ConfigError, OutputError
+from safegraft.evaluate import environments
 from safegraft.evaluate.records import Reply
 from safegraft.evaluate.utility import evalplus, sandbox
 
@@ -104,7 +105,7 @@ with open(options["--samples"].replace(".jsonl", "_eval_results.json"), "w") as 
 def environment(tmp_path_factory):
     """A virtual environment, without pip, that holds a package of EvalPlus's name and version."""
     folder = tmp_path_factory.mktemp("evalplus") / "environment"
-    evalplus.venv.create(folder, symlinks=True)
+    environments.venv.create(folder, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
     package = site / "evalplus"
     package.mkdir()
@@ -193,7 +194,7 @@ def test_setup(environment, tmp_path, monkeypatch):
         asked.append(command)
         return SimpleNamespace(returncode=1, stdout="", stderr="WARNING: x\nERROR: No matching distribution\nhint")
 
-    monkeypatch.setattr(evalplus.venv, "create", lambda folder, **_: folder.mkdir())
+    monkeypatch.setattr(environments.venv, "create", lambda folder, **_: folder.mkdir())
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(ConfigError, match="could not be installed: ERROR: No matching distribution"):
         evalplus.setup(tmp_path / "new")

@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, OutputError
+from ..environments import install, installed, python_of
 from ..records import Record
 
 VERSION = "0.17.1"
@@ -37,11 +36,6 @@ COMPLETE = 2
 """``status`` of an attempt that its detectors have looked at."""
 
 
-def python_of(folder: Path) -> Path:
-    """The environment's interpreter, whether it exists or not."""
-    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-
-
 def setup(folder: Path) -> str:
     """Make the environment and install garak in it, some gigabytes; an environment that has it already is left alone.
 
@@ -52,33 +46,8 @@ def setup(folder: Path) -> str:
         OutputError: ``folder`` is something else, or cannot be written.
         ConfigError: pip could not install garak; the message ends with pip's.
     """
-    if _installed(folder) == VERSION:
-        return VERSION
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "pyvenv.cfg").exists():
-        raise OutputError(f"{folder} exists and is no virtual environment", "Name a folder that does not exist yet.")
-    try:
-        venv.create(folder, with_pip=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise OutputError(f"no virtual environment can be made in {folder}: {error}") from error
-    command = [str(python_of(folder)), "-m", "pip", "install", "--no-input", f"garak=={VERSION}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise ConfigError(
-            f"garak {VERSION} could not be installed: {said[-1] if said else 'pip gave no reason'}",
-            "This needs a network that reaches a package index; pip's own settings (index, proxy) apply. Once that is "
-            "mended, run the same command again.",
-        )
+    install(folder, "garak", VERSION, "garak")
     return VERSION
-
-
-def _installed(folder: Path) -> str:
-    """garak's version in the environment, or an empty string."""
-    if not python_of(folder).exists():
-        return ""
-    code = "from importlib.metadata import version; print(version('garak'))"
-    done = subprocess.run([str(python_of(folder)), "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def settings(
@@ -134,7 +103,7 @@ def run(
         ConfigError: there is no environment, no probe, or garak failed or reported nothing; its log is in ``out``.
         OutputError: ``out`` holds a report already.
     """
-    if _installed(folder) != VERSION:
+    if installed(folder, "garak") != VERSION:
         raise ConfigError(
             f"there is no garak {VERSION} in {folder}", f"Make it: safegraft attack garak --setup {folder}"
         )

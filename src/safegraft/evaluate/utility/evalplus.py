@@ -13,14 +13,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, OutputError
+from ...errors import ConfigError
 from ..answers import Answer, Judged, key_of
+from ..environments import install, installed, python_of
 from ..records import ChatModel, Reply, Sampling, ask
 from ..thinking import split
 from . import sandbox
@@ -49,11 +49,6 @@ SECONDS_EACH, SECONDS = 120.0, 600.0
 """Wall clock: for each problem, and beside."""
 
 
-def python_of(folder: Path) -> Path:
-    """The environment's interpreter, whether it exists or not."""
-    return folder / "bin" / "python"
-
-
 def setup(folder: Path) -> str:
     """Make the environment, install EvalPlus in it, and fetch its problems; what is there already is left alone.
 
@@ -64,25 +59,7 @@ def setup(folder: Path) -> str:
         OutputError: ``folder`` is something else, or cannot be written.
         ConfigError: pip could not install it; the message ends with pip's.
     """
-    if _installed(folder) != VERSION:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if taken and not (folder / "pyvenv.cfg").exists():
-            raise OutputError(
-                f"{folder} exists and is no virtual environment", "Name a folder that does not exist yet."
-            )
-        try:
-            venv.create(folder, with_pip=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise OutputError(f"no virtual environment can be made in {folder}: {error}") from error
-        command = [str(python_of(folder)), "-m", "pip", "install", "--no-input", f"evalplus=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-            raise ConfigError(
-                f"EvalPlus {VERSION} could not be installed: {said[-1] if said else 'pip gave no reason'}",
-                "This needs a network that reaches a package index; pip's own settings (index, proxy) apply. Once "
-                "that is mended, run the same command again.",
-            )
+    install(folder, "evalplus", VERSION, "EvalPlus")
     lacking = [name for name in PLUS if not (folder / "data" / PLUS[name][1][1]).exists() and not _fetch(folder, name)]
     if lacking:
         files = " and ".join(PLUS[name][1][0] for name in lacking)
@@ -108,15 +85,6 @@ def _fetch(folder: Path, name: str) -> bool:
     (folder / "data").mkdir(exist_ok=True)
     shutil.copyfile(found, folder / "data" / PLUS[name][1][1])
     return True
-
-
-def _installed(folder: Path) -> str:
-    """EvalPlus's version in the environment, or an empty string."""
-    if not python_of(folder).exists():
-        return ""
-    code = "from importlib.metadata import version; print(version('evalplus'))"
-    done = subprocess.run([str(python_of(folder)), "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @dataclass(frozen=True)
@@ -237,7 +205,7 @@ def load(
             are not to be had.
     """
     require_code(name, allow_code)
-    if environment is None or _installed(environment) != VERSION:
+    if environment is None or installed(environment, "evalplus") != VERSION:
         where = f"in {environment}" if environment else "named with --evalplus"
         raise ConfigError(
             f"{name} needs EvalPlus {VERSION}, and there is none {where}",
