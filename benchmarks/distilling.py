@@ -123,9 +123,11 @@ def measure(work: Path, data: Path, names: Sequence[str], tasks: Sequence[str], 
                                    probe=str(models.tuned("demo")), allow_fewer=True, **chosen)  # fmt: skip
             distill(config)
             size = (vector / "vector.safetensors").stat().st_size
-            manifest = json.loads((vector / "manifest.json").read_text(encoding="utf-8"))
+            told = json.loads((vector / "manifest.json").read_text(encoding="utf-8"))["validity"]
+            told = {k: v for k, v in told.items() if k not in ("gap", "linearised")}  # a line a module
+            told["probe"]["name"] = "finetuned"
             keep({"variant": name, "seconds": round(time.monotonic() - started), "megabytes": round(size / 1e6, 1),
-                  "validity": manifest["validity"]})  # fmt: skip
+                  "validity": told})  # fmt: skip
         for task in tasks:
             if (name, task) in seen:
                 continue

@@ -37,14 +37,12 @@ def main() -> None:
     rows = [json.loads(line) for line in parser.parse_args().lines.read_text(encoding="utf-8").splitlines()]
     made = {row["variant"]: row for row in rows if "task" not in row}
     cells = {(row["task"], row["variant"]): row for row in rows if "task" in row}
-    print(
-        "| vector | seconds | MB | surrogate refuses | gap | cos(τ, Δ) | share in τ's directions |\n" + "|---" * 7 + "|"
-    )
+    print("| vector | MB | surrogate refuses | gap | cos(τ, Δ) | share in τ's directions |\n" + "|---" * 6 + "|")
     for name, row in made.items():
         told = row["validity"]
         gap = max(told["gap_by_layer"].values(), default=0.0)
         print(
-            f"| {name} | {row['seconds']} | {row['megabytes']} "
+            f"| {name} | {row['megabytes']} "
             f"| {told['after']['refused']} of {told['after']['prompts']} | {gap:.2%} "
             f"| {told['probe']['cosine']:+.3f} | {told['probe']['shared']:.3f} |"
         )
