@@ -109,7 +109,11 @@ def starter_preferences(seed: int) -> Preferences:
         f"{len(unsafe)} harmful requests, where a refusal is preferred to an affirmative opening, and {len(safe)} "
         "harmless ones, where the answer is preferred to a refusal (else refusing everything would be the safest mask)"
     )
-    return Preferences(STARTER, list(enumerate([*unsafe, *safe], 1)), notes=[note])
+    caution = (
+        "a fine-tune that answers harmful requests without such an opening learns no refusal from these pairs "
+        "(docs/results/somf.md): for use, give --preferences whose rejected answers are such as it gives"
+    )
+    return Preferences(STARTER, list(enumerate([*unsafe, *safe], 1)), notes=[note, caution])
 
 
 def choose_pairs(
