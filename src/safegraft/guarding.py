@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from .errors import ConfigError, OutputError
 from .evaluate.answers import latest, read_answers, read_manifest, read_verdicts
 from .evaluate.benchmarks import Loaded, expand, load, load_task
 from .evaluate.judges.phrases import NAME, Phrases
-from .evaluate.models.hf import HfChatModel, load_chat
-from .evaluate.records import ChatModel, Sampling
-from .evaluate.run import Subject, about_model, evaluate
+from .evaluate.models.hf import load_chat
+from .evaluate.records import Sampling
+from .evaluate.run import evaluate, local_subject
 from .evaluate.summary import evidence, right
 from .evaluate.utility import divide
 from .evaluate.utility import load as load_utility
@@ -171,7 +170,7 @@ def _measure(
     batch: int, seed: int, progress: Progress | None,
 ) -> list[Check]:  # fmt: skip
     run = out / MEASURED
-    subjects = [_subject(BEFORE, Path(model), batch), _subject(AFTER, out / RESTORED, batch)]
+    subjects = [local_subject(BEFORE, model, batch), local_subject(AFTER, out / RESTORED, batch)]
     summary = evaluate(
         subjects, loaded, {NAME: Phrases()}, run, attacks={"none": None}, utility=utility,
         sampling=Sampling(tokens), seed=seed, resume=run.exists(), progress=progress,
@@ -180,14 +179,6 @@ def _measure(
     write_report(evidence(answers, verdicts, examples=6), [read_manifest(run)], out / REPORT, reveal=False)
     before, after = (right(answers, verdicts, label) for label in (BEFORE, AFTER))
     return gate(summary, limits, model=AFTER, baseline=before, right=after)
-
-
-def _subject(label: str, place: Path, batch: int) -> Subject:
-    @contextmanager
-    def opened() -> Iterator[ChatModel]:
-        yield HfChatModel(*load_chat(place), batch=batch)
-
-    return Subject(label, opened, about_model(place))
 
 
 class SafetyCallback(TrainerCallback):  # type: ignore[misc]

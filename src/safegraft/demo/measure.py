@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from ..evaluate.answers import latest, read_answers, read_verdicts
 from ..evaluate.benchmarks import Benchmark, Case, Loaded
 from ..evaluate.judges.phrases import NAME, Phrases
 from ..evaluate.metrics import Rate, rate
-from ..evaluate.models.hf import HfChatModel, load_chat
+from ..evaluate.models.hf import HfChatModel
 from ..evaluate.records import Exchange, Sampling, ask
-from ..evaluate.run import Subject, about_model, evaluate
+from ..evaluate.run import evaluate, local_subject
 from ..evaluate.summary import summarise
 from ..evaluate.tasks import holds
 from ..manifest import digest_of
@@ -72,13 +71,8 @@ def look(model: Any, tokenizer: Any, label: str, prompts: Prompts, settings: Set
 
 def score(place: Path, label: str, prompts: Prompts, settings: Settings, out: Path, progress: Progress) -> Scores:
     """Evaluate the model in ``place`` under the name ``label``; its answers and verdicts are then in ``out``."""
-
-    @contextmanager
-    def opened() -> Iterator[HfChatModel]:
-        yield HfChatModel(*load_chat(place), batch=settings.batch)
-
     summary = evaluate(
-        [Subject(label, opened, about_model(place))], [_loaded(prompts)], {NAME: Phrases()}, out,
+        [local_subject(label, place, settings.batch)], [_loaded(prompts)], {NAME: Phrases()}, out,
         attacks={"none": None}, sampling=Sampling(settings.answer_tokens), progress=progress,
     )  # fmt: skip
     rates = {cell["metric"]: Rate(**cell["rate"]) for cell in summary["cells"]}

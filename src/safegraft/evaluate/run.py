@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -78,6 +78,18 @@ def about_model(place: str | Path) -> dict[str, Any]:
             config = held["config"]
             found["merge"] = {"method": config["method"], "strength": config["strength"], "ratios": ratios}
     return found
+
+
+def local_subject(label: str, place: str | Path, batch: int) -> Subject:
+    """A chat model that transformers loads, ``batch`` conversations at a time; see models.hf."""
+
+    @contextmanager
+    def opened() -> Iterator[ChatModel]:
+        from .models.hf import HfChatModel, load_chat
+
+        yield HfChatModel(*load_chat(place), batch=batch)
+
+    return Subject(label, opened, about_model(place))
 
 
 @dataclass(frozen=True)
