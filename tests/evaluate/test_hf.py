@@ -6,6 +6,7 @@ import torch
 import chat_models
 import traces
 from safegraft.errors import ConfigError
+from safegraft.evaluate.models import hf
 from safegraft.evaluate.models.hf import HfChatModel
 from safegraft.evaluate.records import Message, Record, Sampling, ask, read_records, write_records
 from safegraft.evaluate.thinking import split
@@ -50,6 +51,47 @@ def test_replies_end_at_the_end_token(loaded, monkeypatch):
     cut = HfChatModel(model, tokenizer).replies([ask("Hi"), ask("How")], Sampling(6))[0]
     assert (cut.tokens, cut.finished) == (stop, True)
     assert whole.text.startswith(cut.text)
+
+
+def widths_of(model, monkeypatch):
+    """The rows and the new tokens that each call of ``generate`` is asked for."""
+    seen, plain = [], model.generate
+
+    def spied(**given):
+        seen.append((len(given["input_ids"]), given["max_new_tokens"]))
+        return plain(**given)
+
+    monkeypatch.setattr(model, "generate", spied)
+    return seen
+
+
+def test_answers_that_have_ended_leave_the_batch(loaded, monkeypatch):
+    model, tokenizer = loaded
+    chats = [ask(p) for p in PROMPTS]
+    ids = HfChatModel(model, tokenizer)._ids(chats[1])
+    made = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=int), max_new_tokens=12)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [made[0, len(ids) + 2].item(), 2])
+    alone = [HfChatModel(model, tokenizer).replies([chat], Sampling(11))[0] for chat in chats]
+    assert {reply.finished for reply in alone} == {True, False}
+    monkeypatch.setattr(hf, "STAGE", 3)
+    seen = widths_of(model, monkeypatch)
+    assert HfChatModel(model, tokenizer).replies(chats, Sampling(11)) == alone
+    rows, tokens = zip(*seen, strict=True)
+    assert tokens == (3, 3, 3, 2)
+    assert list(rows) == sorted(rows, reverse=True)
+    assert rows[0] == len(chats) > rows[-1] >= 1
+
+
+def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):
+    """A sliding window, and a setting that counts from where the generation began, would not survive a break."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(hf, "STAGE", 3)
+    for place, name, value in ((model.config, "sliding_window", 8), (model.generation_config, "min_new_tokens", 5)):
+        with monkeypatch.context() as changed:
+            changed.setattr(place, name, value, raising=False)
+            seen = widths_of(model, changed)
+            HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(9))
+            assert seen == [(1, 9)]
 
 
 def test_a_begun_answer_is_continued(loaded):

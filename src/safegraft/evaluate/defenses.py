@@ -165,20 +165,11 @@ class SafeDecoding(HfChatModel):
             both = guarded(found[0], found[1], self.c, self.alpha)
             chosen = torch.multinomial(both, 1) if sampling.temperature > 0 else both.argmax(dim=-1, keepdim=True)
             ids, mask = torch.cat([ids, chosen], dim=1), torch.cat([mask, torch.ones_like(chosen)], dim=1)
-        if sampling.max_new_tokens > steps:
-            decoding: dict[str, Any] = {"do_sample": False}
-            if sampling.temperature > 0:
-                decoding = {"do_sample": True, "temperature": sampling.temperature}
-            ids = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=sampling.max_new_tokens - steps,
-                pad_token_id=stops[0],
-                eos_token_id=stops,
-                past_key_values=caches[0],
-                **decoding,
-            )
-        return [self._reply(row, stops) for row in ids[:, longest:].tolist()]
+        begun, left = ids[:, longest:].tolist(), sampling.max_new_tokens - steps
+        if left:
+            said = self._complete(ids, mask, caches[0], left, sampling.temperature, stops[0])
+            begun = [first + then for first, then in zip(begun, said, strict=True)]
+        return [self._reply(row, stops) for row in begun]
 
     @staticmethod
     def _next(

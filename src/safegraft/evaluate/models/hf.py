@@ -17,6 +17,8 @@ from ..thinking import OPEN
 
 SHARED = 8
 """Tokens that all prompts must have in common before it pays to run them once."""
+STAGE = 32
+"""Tokens after which a batch is looked through for answers that have ended."""
 
 
 def load_chat(folder: str | Path) -> tuple[Any, Any]:
@@ -67,7 +69,7 @@ class HfChatModel:
     """Answers conversations in batches, the same as one at a time up to float rounding.
 
     Prompts are sorted by length so that little is padded, padded on the left and masked; what they all begin with (a
-    system prompt, usually) is run once. Answers come back in the order asked.
+    system prompt, usually) is run once, and answers that have ended leave the batch. They come back in the order asked.
 
     Args:
         model: a causal LM; it is put into eval mode. tokenizer: with a chat template.
@@ -152,20 +154,65 @@ class HfChatModel:
         gaps = [longest - len(p) for p in prompts]
         rows = [p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)]
         masks = [[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps]
-        chosen: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": sampling.temperature}
-        if opening:
-            chosen["past_key_values"] = opening.repeated(len(prompts))
-        made = self.model.generate(
-            input_ids=torch.tensor(rows, device=self.model.device),
-            attention_mask=torch.tensor(masks, device=self.model.device),
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=stops,
-            **chosen,
+        made = self._complete(
+            torch.tensor(rows, device=self.model.device),
+            torch.tensor(masks, device=self.model.device),
+            opening.repeated(len(prompts)) if opening else None,
+            sampling.max_new_tokens,
+            sampling.temperature,
+            pad,
         )
-        return [self._reply(row, stops) for row in made[:, longest:].tolist()]
+        return [self._reply(row, stops) for row in made]
+
+    def _complete(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, tokens: int, temperature: float, pad: int
+    ) -> list[list[int]]:
+        """What the model writes after each row of ``ids`` [rows, length], at most ``tokens``, with the end token where
+        there is one. Rows that have ended leave the batch every ``STAGE`` tokens, where the model lets them.
+
+        Args:
+            mask: 0 where a row is padded, [rows, length]. cache: of all but the last columns of ``ids``, or None.
+        """
+        stops = self._stops()
+        chosen: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            chosen = {"do_sample": True, "temperature": temperature}
+        stage = STAGE if self._may_stop_and_go_on() else tokens
+        found: list[list[int]] = [[] for _ in ids]
+        going = list(range(len(ids)))
+        while True:
+            width = ids.shape[1]
+            made = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(stage, tokens),
+                pad_token_id=pad,
+                eos_token_id=stops,
+                past_key_values=cache,
+                return_dict_in_generate=True,
+                **chosen,
+            )
+            tokens -= stage
+            for row, new in zip(going, made.sequences[:, width:].tolist(), strict=True):
+                found[row] += new
+            kept = [i for i, row in enumerate(going) if not set(stops) & set(found[row])]
+            if tokens <= 0 or not kept:
+                return found
+            rows, cache = torch.tensor(kept, device=ids.device), made.past_key_values
+            if not isinstance(cache, DynamicCache):
+                cache = None
+            elif len(kept) < len(going):
+                cache.batch_select_indices(rows)
+            going = [going[i] for i in kept]
+            ids = made.sequences[rows]
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - width)], dim=1)[rows]
+
+    def _may_stop_and_go_on(self) -> bool:
+        """Whether generating in stages gives what generating at once does: every layer sees all of its row, and no
+        setting counts from where the generation began."""
+        settings = self.model.generation_config
+        counting = ("min_new_tokens", "begin_suppress_tokens", "forced_eos_token_id", "cache_implementation")
+        return _attends_to_all(self.model.config) and not any(getattr(settings, name, None) for name in counting)
 
     def _stops(self) -> list[int]:
         known = getattr(self.model.generation_config, "eos_token_id", None)
