@@ -24,11 +24,11 @@ def installed(folder: Path, package: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def install(folder: Path, package: str, version: str, name: str) -> None:
+def install(folder: Path, package: str, version: str, name: str, constraints: Path | None = None) -> None:
     """Make the environment and let pip install ``package`` in it, unless it is there in that version.
 
     Args:
-        name: of the program, for messages.
+        name: of the program, for messages. constraints: a file for pip's ``--constraint``.
 
     Raises:
         OutputError: ``folder`` is something else, or cannot be written.
@@ -43,6 +43,7 @@ def install(folder: Path, package: str, version: str, name: str) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         raise OutputError(f"no virtual environment can be made in {folder}: {error}") from error
     command = [str(python_of(folder)), "-m", "pip", "install", "--no-input", f"{package}=={version}"]
+    command += ["--constraint", str(constraints)] if constraints else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 from safegraft.errors import ConfigError, OutputError
 from safegraft.evaluate import environments
@@ -163,4 +164,18 @@ def test_setup_says_what_pip_said(tmp_path, monkeypatch):
         "install",
         "--no-input",
         "garak==0.17.1",
+        "--constraint",
+        str(garak.CONSTRAINTS),
     ]
+
+
+def test_the_constraints_name_one_version_of_each():
+    lines = [line for line in garak.CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
+    asked = [Requirement(line) for line in lines]
+    assert f"garak=={garak.VERSION}" in lines
+    assert all([s.operator for s in r.specifier] == ["=="] for r in asked)
+    assert not {"torch", "triton"} & {r.name for r in asked}
+    for python in ("3.11", "3.12", "3.13"):
+        machine = {"python_full_version": f"{python}.0", "python_version": python, "sys_platform": "linux"}
+        here = [r.name for r in asked if r.marker is None or r.marker.evaluate(machine)]
+        assert len(here) == len(set(here)) > 150

@@ -20,13 +20,14 @@ from ..environments import install, installed, python_of
 from ..records import Record
 
 VERSION = "0.17.1"
+CONSTRAINTS = Path(__file__).with_name("garak-constraints.txt")
+"""Without it pip tries versions for more than nine minutes."""
 PROBES = (
     "dan.DanInTheWild",
     "dan.AutoDANCached",
     "suffix.GCGCached",
     "tap.TAPCached",
     "dra.DRA",
-    "encoding",
     "grandma",
 )
 """What is run unless other probes are named. DRA is the probe's own single try; ours repeats it (``dra_loop``)."""
@@ -46,7 +47,7 @@ def setup(folder: Path) -> str:
         OutputError: ``folder`` is something else, or cannot be written.
         ConfigError: pip could not install garak; the message ends with pip's.
     """
-    install(folder, "garak", VERSION, "garak")
+    install(folder, "garak", VERSION, "garak", CONSTRAINTS)
     return VERSION
 
 
