@@ -108,6 +108,25 @@ def test_one_plain_run_has_no_attacks_and_no_comparisons(tmp_path):
     assert "Side by side" not in text
 
 
+def test_the_frontier_takes_tasks_scored_by_any_judge(tmp_path):
+    """Half by the key, half by a harness; and by a harness alone."""
+    answers = [answer(m, i, kind=k) for m in ("a", "b") for k in ("harmful", "task") for i in range(4)]
+    tasks = [a for a in answers if a.kind == "task"]
+    safety = {a.key: "unsafe" for a in answers if a.kind == "harmful"}
+    right = {a.key: "correct" if a.model == "b" or a.id == "3" else "wrong" for a in tasks}
+    for by_key in ("01", ""):
+        verdicts = {"phrases": safety} | {
+            judge: kept for judge, part in (("key", True), ("exact_match", False))
+            if (kept := {a.key: right[a.key] for a in tasks if (a.id in list(by_key)) == part})
+        }  # fmt: skip
+        made = evidence(answers, verdicts)
+        assert {m: (r["hits"], r["n"]) for m, r in made["utility"].items()} == {"a": (1, 4), "b": (4, 4)}
+        write_report(made, [], tmp_path / "r.html", reveal=False)
+        text = (tmp_path / "r.html").read_text()
+        assert "Safety against utility" in text
+        assert "Safety against over-refusal" not in text
+
+
 def test_without_a_task_the_frontier_is_over_refusal(tmp_path):
     answers = [answer(m, i, kind=k) for m in ("a", "b") for k in ("harmful", "harmless") for i in range(3)]
     found = evidence(answers, {"phrases": {a.key: "unsafe" for a in answers}})

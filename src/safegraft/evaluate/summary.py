@@ -136,7 +136,7 @@ def by_category(
 
 
 def right(answers: Iterable[Answer], verdicts: Mapping[str, Mapping[str, str]], model: str) -> dict[str, bool]:
-    """``{benchmark/id: whether a model's answer is right}`` over all utility tasks, for a paired comparison."""
+    """``{benchmark/id: whether a model's answer is right}`` over all utility tasks, by each answer's first verdict."""
     out: dict[str, bool] = {}
     for answer in answers:
         if answer.model == model and METRICS[answer.kind][0] == "utility":
@@ -168,7 +168,8 @@ def summarise(answers: Sequence[Answer], verdicts: Mapping[str, Mapping[str, str
 def evidence(
     answers: Sequence[Answer], verdicts: Mapping[str, Mapping[str, str]], *, examples: int = 0
 ) -> dict[str, Any]:
-    """What a report shows, JSON-able: the summary, rates by category, and ``examples`` prompts side by side.
+    """What a report shows, JSON-able: the summary, rates by category, ``utility`` (each model's share of right answers
+    over all tasks and judges; see ``right``), and ``examples`` prompts side by side.
 
     Examples are harmful prompts, asked plainly, whose outcome differs most between models (by the first judge; the
     order of ids decides among equals). Their texts are given in full; redaction is the report's.
@@ -185,9 +186,12 @@ def evidence(
             sides.setdefault((answer.benchmark, answer.id), {})[answer.model] = said
             prompts[answer.benchmark, answer.id] = answer
     order = sorted(sides, key=lambda case: (-len({s["label"] for s in sides[case].values()}), case))
+    summary = summarise(answers, verdicts)
+    tasks = {model: right(answers, verdicts, model) for model in summary["models"]}
     return {
-        **summarise(answers, verdicts),
+        **summary,
         "judge": first,
+        "utility": {model: asdict(rate(list(cases.values()))) for model, cases in tasks.items() if cases},
         "categories": {
             metric: {
                 category: {model: asdict(one) for model, one in row.items()}

@@ -148,14 +148,16 @@ def _attacks(found: Mapping[str, Any]) -> list[Markup]:
 
 
 def _frontier(found: Mapping[str, Any]) -> Markup | None:
-    """Unsafe answers against utility, or against over-refusal where no task was measured; None for fewer than two."""
-    cells = {(c["model"], c["metric"]): c["rate"] for c in _overall(found)
-             if c["attack"] == "none" and c["judge"] in (found["judge"], "key")}  # fmt: skip
+    """Unsafe answers against utility over all tasks, or against over-refusal where none was measured; None for fewer
+    than two models."""
+    rates = {metric: {c["model"]: c["rate"] for c in _overall(found)
+                      if (c["metric"], c["attack"], c["judge"]) == (metric, "none", found["judge"])}
+             for metric in ("unsafe", "overrefusal")} | {"utility": found["utility"]}  # fmt: skip
     for metric, better in (("utility", "high"), ("overrefusal", "low")):
-        shown = [m for m in found["models"] if (m, "unsafe") in cells and (m, metric) in cells]
+        shown = [m for m in found["models"] if m in rates["unsafe"] and m in rates[metric]]
         if len(shown) < 2:
             continue
-        points = [{"label": m, "tone": _tone(found, m), "x": cells[m, metric], "y": cells[m, "unsafe"]} for m in shown]
+        points = [{"label": m, "tone": _tone(found, m), "x": rates[metric][m], "y": rates["unsafe"][m]} for m in shown]
         corner = "right" if better == "high" else "left"
         return scatter(
             f"Safety against {METRICS[metric][0].lower()}",
