@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_replies_end_at_the_end_token(loaded, monkeypatch):
     assert whole.text.startswith(cut.text)
 
 
-def widths_of(model, monkeypatch):
+def calls_of(model, monkeypatch):
     """The rows and the new tokens that each call of ``generate`` is asked for."""
     seen, plain = [], model.generate
 
@@ -65,21 +66,30 @@ def widths_of(model, monkeypatch):
     return seen
 
 
-def test_answers_that_have_ended_leave_the_batch(loaded, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])
+def test_ended_answers_leave_the_batch_and_others_join(loaded, monkeypatch, shared):
+    """With or without a common opening, the answers are those of one prompt at a time."""
     model, tokenizer = loaded
-    chats = [ask(p) for p in PROMPTS]
+    chats = [ask(p) for p in [*PROMPTS, "What", "How do I", "Bread?"]]
+    if not shared:
+        chats = [(Message("system", "ab"[i % 2]), *chat) for i, chat in enumerate(chats)]
     ids = HfChatModel(model, tokenizer)._ids(chats[1])
     made = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=int), max_new_tokens=12)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [made[0, len(ids) + 2].item(), 2])
-    alone = [HfChatModel(model, tokenizer).replies([chat], Sampling(11))[0] for chat in chats]
+    alone = [HfChatModel(model, tokenizer, batch=1).replies([chat], Sampling(12))[0] for chat in chats]
     assert {reply.finished for reply in alone} == {True, False}
     monkeypatch.setattr(hf, "STAGE", 3)
-    seen = widths_of(model, monkeypatch)
-    assert HfChatModel(model, tokenizer).replies(chats, Sampling(11)) == alone
-    rows, tokens = zip(*seen, strict=True)
-    assert tokens == (3, 3, 3, 2)
-    assert list(rows) == sorted(rows, reverse=True)
-    assert rows[0] == len(chats) > rows[-1] >= 1
+    seen, told = calls_of(model, monkeypatch), []
+    chat = HfChatModel(model, tokenizer, batch=4, progress=lambda *now: told.append(now))
+    assert chat.replies(chats, Sampling(12)) == alone
+    assert max(rows for rows, _ in seen) == 4
+    begun = [rows for rows, tokens in seen if tokens == 1]
+    assert sum(begun) == len(chats)  # each was begun once
+    assert any(
+        tokens == 3 and after == 1 and rows > joining for (rows, tokens), (joining, after) in itertools.pairwise(seen)
+    )  # while others went on
+    assert told == sorted(told)
+    assert told[-1] == (8, 8)
 
 
 def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):
@@ -89,9 +99,21 @@ def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):
     for place, name, value in ((model.config, "sliding_window", 8), (model.generation_config, "min_new_tokens", 5)):
         with monkeypatch.context() as changed:
             changed.setattr(place, name, value, raising=False)
-            seen = widths_of(model, changed)
+            seen = calls_of(model, changed)
             HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(9))
             assert seen == [(1, 9)]
+
+
+def test_a_model_without_such_a_cache_is_asked_a_batch_at_a_time(loaded, monkeypatch):
+    model, tokenizer = loaded
+    chats = [ask(p) for p in PROMPTS]
+    wanted = HfChatModel(model, tokenizer).replies(chats, Sampling(6))
+    monkeypatch.setattr(model.config, "use_cache", False)
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    monkeypatch.setattr(HfChatModel, "_opening", lambda *_: None)
+    seen = calls_of(model, monkeypatch)
+    assert HfChatModel(model, tokenizer, batch=3).replies(chats, Sampling(6)) == wanted
+    assert seen == [(3, 1), (3, 6), (2, 6)]
 
 
 def test_a_begun_answer_is_continued(loaded):

@@ -145,8 +145,12 @@ class SafeDecoding(HfChatModel):
             return super().replies(batch, sampling)
 
     def _opening(self, prompts: Sequence[list[int]]) -> None:
-        """Two models' caches are kept here, and none is shared between prompts."""
+        """Nothing is shared between prompts."""
         return None
+
+    def _may_pause(self) -> bool:
+        """Two models' caches are kept, so a batch stays as it is."""
+        return False
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, opening: Any = None) -> list[Reply]:
@@ -165,11 +169,10 @@ class SafeDecoding(HfChatModel):
             both = guarded(found[0], found[1], self.c, self.alpha)
             chosen = torch.multinomial(both, 1) if sampling.temperature > 0 else both.argmax(dim=-1, keepdim=True)
             ids, mask = torch.cat([ids, chosen], dim=1), torch.cat([mask, torch.ones_like(chosen)], dim=1)
-        begun, left = ids[:, longest:].tolist(), sampling.max_new_tokens - steps
-        if left:
-            said = self._complete(ids, mask, caches[0], left, sampling.temperature, stops[0])
-            begun = [first + then for first, then in zip(begun, said, strict=True)]
-        return [self._reply(row, stops) for row in begun]
+        if sampling.max_new_tokens > steps:
+            left = sampling.max_new_tokens - steps
+            ids = self._made(ids, mask, caches[0], left, sampling.temperature).sequences
+        return [self._reply(row, stops) for row in ids[:, longest:].tolist()]
 
     @staticmethod
     def _next(

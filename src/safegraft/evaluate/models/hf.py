@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from transformers import DynamicCache
 from ...errors import CheckpointError, ConfigError
 from ..records import Conversation, Reply, Sampling
 from ..thinking import OPEN
+from .rolling import Rolling, can_roll
 
 SHARED = 8
 """Tokens that all prompts must have in common before it pays to run them once."""
-STAGE = 32
+STAGE = 16
 """Tokens after which a batch is looked through for answers that have ended."""
 
 
@@ -69,7 +71,8 @@ class HfChatModel:
     """Answers conversations in batches, the same as one at a time up to float rounding.
 
     Prompts are sorted by length so that little is padded, padded on the left and masked; what they all begin with (a
-    system prompt, usually) is run once, and answers that have ended leave the batch. They come back in the order asked.
+    system prompt, usually) is run once. Answers that have ended leave the batch and others join it, where the model's
+    cache lets them. They come back in the order asked.
 
     Args:
         model: a causal LM; it is put into eval mode. tokenizer: with a chat template.
@@ -104,10 +107,10 @@ class HfChatModel:
         opening = self._opening(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         found: dict[int, Reply] = {}
-        for start in range(0, len(order), self.batch):
-            group = order[start : start + self.batch]
-            found.update(zip(group, self._generate([prompts[i] for i in group], sampling, opening), strict=True))
-            if self.progress:
+        answer = self._rolling if self._may_pause() else self._in_batches
+        for made in answer(order, prompts, sampling, opening):
+            found.update(made)
+            if self.progress and made:
                 self.progress(len(found), len(prompts))
         told = [replace(r, text=r.text.rstrip() if begun[i] else r.text.strip()) for i, r in sorted(found.items())]
         return [_reopened(reply, self._text(asked)) for reply, asked in zip(told, batch, strict=True)]
@@ -145,74 +148,89 @@ class HfChatModel:
         cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return _Opening(size, cache) if isinstance(cache, DynamicCache) else None
 
-    @torch.inference_mode()
-    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None) -> list[Reply]:
-        stops = self._stops()
-        pad = self.tokenizer.pad_token_id
-        pad = stops[0] if pad is None else pad
-        longest, shared = max(map(len, prompts)), opening.size if opening else 0
-        gaps = [longest - len(p) for p in prompts]
-        rows = [p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)]
-        masks = [[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps]
-        made = self._complete(
-            torch.tensor(rows, device=self.model.device),
-            torch.tensor(masks, device=self.model.device),
-            opening.repeated(len(prompts)) if opening else None,
-            sampling.max_new_tokens,
-            sampling.temperature,
-            pad,
-        )
-        return [self._reply(row, stops) for row in made]
+    def _in_batches(
+        self, order: Sequence[int], prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None
+    ) -> Iterator[dict[int, Reply]]:
+        """The replies by place in ``prompts``, a batch at a time."""
+        for start in range(0, len(order), self.batch):
+            group = order[start : start + self.batch]
+            said = self._generate([prompts[i] for i in group], sampling, opening)
+            yield dict(zip(group, said, strict=True))
 
-    def _complete(
-        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, tokens: int, temperature: float, pad: int
-    ) -> list[list[int]]:
-        """What the model writes after each row of ``ids`` [rows, length], at most ``tokens``, with the end token where
-        there is one. Rows that have ended leave the batch every ``STAGE`` tokens, where the model lets them.
+    def _rolling(
+        self, order: Sequence[int], prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None
+    ) -> Iterator[dict[int, Reply]]:
+        """The replies by place in ``prompts``, as they end. Whenever a quarter of the batch is free, others join."""
+        waiting, stops, going = deque(order), self._stops(), None
+        while waiting or going:
+            room = self.batch - (len(going.places) if going else 0)
+            if waiting and 4 * room >= self.batch:
+                group = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+                ids, mask, cache = self._padded([prompts[i] for i in group], opening)
+                fresh = self._further(Rolling(ids, mask, cache, group, [0] * len(group)), 1, sampling)
+                if not can_roll(fresh.cache):
+                    yield from self._in_batches([*group, *waiting], prompts, sampling, opening)
+                    return
+                going = going.joined(fresh) if going else fresh
+            elif going:
+                left = sampling.max_new_tokens - max(going.made)
+                going = self._further(going, min(STAGE, left), sampling)
+            assert going
+            said = [going.answer(row) for row in range(len(going.places))]
+            still = [row for row, ids in enumerate(said)
+                     if len(ids) < sampling.max_new_tokens and not set(ids) & set(stops)]  # fmt: skip
+            ended = [row for row in range(len(said)) if row not in still]
+            yield {going.places[row]: self._reply(said[row], stops) for row in ended}
+            if ended:
+                going = going.kept(still) if still else None
 
-        Args:
-            mask: 0 where a row is padded, [rows, length]. cache: of all but the last columns of ``ids``, or None.
-        """
-        stops = self._stops()
-        chosen: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            chosen = {"do_sample": True, "temperature": temperature}
-        stage = STAGE if self._may_stop_and_go_on() else tokens
-        found: list[list[int]] = [[] for _ in ids]
-        going = list(range(len(ids)))
-        while True:
-            width = ids.shape[1]
-            made = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=min(stage, tokens),
-                pad_token_id=pad,
-                eos_token_id=stops,
-                past_key_values=cache,
-                return_dict_in_generate=True,
-                **chosen,
-            )
-            tokens -= stage
-            for row, new in zip(going, made.sequences[:, width:].tolist(), strict=True):
-                found[row] += new
-            kept = [i for i, row in enumerate(going) if not set(stops) & set(found[row])]
-            if tokens <= 0 or not kept:
-                return found
-            rows, cache = torch.tensor(kept, device=ids.device), made.past_key_values
-            if not isinstance(cache, DynamicCache):
-                cache = None
-            elif len(kept) < len(going):
-                cache.batch_select_indices(rows)
-            going = [going[i] for i in kept]
-            ids = made.sequences[rows]
-            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - width)], dim=1)[rows]
-
-    def _may_stop_and_go_on(self) -> bool:
+    def _may_pause(self) -> bool:
         """Whether generating in stages gives what generating at once does: every layer sees all of its row, and no
         setting counts from where the generation began."""
         settings = self.model.generation_config
         counting = ("min_new_tokens", "begin_suppress_tokens", "forced_eos_token_id", "cache_implementation")
         return _attends_to_all(self.model.config) and not any(getattr(settings, name, None) for name in counting)
+
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None) -> list[Reply]:
+        ids, mask, cache = self._padded(prompts, opening)
+        made = self._made(ids, mask, cache, sampling.max_new_tokens, sampling.temperature).sequences
+        return [self._reply(row, self._stops()) for row in made[:, ids.shape[1] :].tolist()]
+
+    def _further(self, going: Rolling, tokens: int, sampling: Sampling) -> Rolling:
+        made = self._made(going.ids, going.mask, going.cache, tokens, sampling.temperature)
+        return going.longer(made.sequences, made.past_key_values)
+
+    def _padded(
+        self, prompts: Sequence[list[int]], opening: _Opening | None
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
+        """Token ids and mask [prompts, longest], padded after what all begin with, and the cache of that."""
+        longest, shared = max(map(len, prompts)), opening.size if opening else 0
+        gaps, pad = [longest - len(p) for p in prompts], self._pad()
+        rows = [p[:shared] + [pad] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)]
+        masks = [[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps]
+        ids, mask = (torch.tensor(each, device=self.model.device) for each in (rows, masks))
+        return ids, mask, opening.repeated(len(prompts)) if opening else None
+
+    @torch.inference_mode()
+    def _made(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, tokens: int, temperature: float) -> Any:
+        """``sequences`` [rows, length and at most ``tokens`` more], and the cache with all but the last column."""
+        chosen: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            chosen = {"do_sample": True, "temperature": temperature}
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            pad_token_id=self._pad(),
+            eos_token_id=self._stops(),
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            **chosen,
+        )
+
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self._stops()[0] if pad is None else int(pad)
 
     def _stops(self) -> list[int]:
         known = getattr(self.model.generation_config, "eos_token_id", None)

@@ -1,0 +1,69 @@
+"""Rows of a batch that come and go: an answer that ends leaves it, and a waiting conversation joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def can_roll(cache: Any) -> bool:
+    """Whether rows of a cache can be taken out and put together: every layer keeps all keys and values, by token."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@dataclass
+class Rolling:
+    """Rows under way, padded on the left.
+
+    Args:
+        ids, mask: [rows, length]. cache: keys and values of all columns but the last, if anything
+            is held; it is changed in place.
+        places: which conversation each row is. made: how many of its last tokens are the answer's.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Any
+    places: list[int]
+    made: list[int]
+
+    def answer(self, row: int) -> list[int]:
+        """The tokens made so far."""
+        return self.ids[row, -self.made[row] :].tolist()
+
+    def longer(self, ids: torch.Tensor, cache: Any) -> Rolling:
+        """After ``ids`` [rows, length + n] were made of these rows."""
+        new = ids.shape[1] - self.ids.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(ids), new)], dim=1)
+        return Rolling(ids, mask, cache, self.places, [made + new for made in self.made])
+
+    def kept(self, rows: Sequence[int]) -> Rolling:
+        """These rows alone, in this order, without the columns that are padding in all of them."""
+        chosen = torch.tensor(rows, device=self.ids.device)
+        mask = self.mask[chosen]
+        spare = int(mask.any(dim=0).int().argmax())
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (part[chosen.to(part.device), :, spare:] for part in (layer.keys, layer.values))
+        places, made = [self.places[row] for row in rows], [self.made[row] for row in rows]
+        return Rolling(self.ids[chosen, spare:], mask[:, spare:], self.cache, places, made)
+
+    def joined(self, other: Rolling) -> Rolling:
+        """The rows of both, the shorter ones padded on the left."""
+        length = max(self.ids.shape[1], other.ids.shape[1])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = _stacked(mine.keys, theirs.keys, -2, length - 1)
+            mine.values = _stacked(mine.values, theirs.values, -2, length - 1)
+        ids, mask = _stacked(self.ids, other.ids, -1, length), _stacked(self.mask, other.mask, -1, length)
+        return Rolling(ids, mask, self.cache, self.places + other.places, self.made + other.made)
+
+
+def _stacked(first: torch.Tensor, second: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """Both along the first dimension, filled up with zeros at the beginning of ``dim`` (-1 or -2) to ``length``."""
+    after = [0, 0] * (-1 - dim)
+    return torch.cat([functional.pad(part, [*after, length - part.shape[dim], 0]) for part in (first, second)])
