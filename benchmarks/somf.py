@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from damping import BATCH, TASK_ROWS, TOKENS, prompts, utility
+from damping import BATCH, TASK_ROWS, prompts, utility
 from safegraft import merge
 from safegraft.config import SomfConfig
 from safegraft.data import task as starter_task
@@ -169,7 +169,7 @@ def _say(label: str, done: int, total: int) -> None:
     print(f"\r{label} {done}/{total} ", end="" if done < total else "\n", flush=True)
 
 
-def measure(work: Work, settings: Sequence[str], out: Path, each: int | None) -> None:
+def measure(work: Work, settings: Sequence[str], out: Path, each: int | None, tokens: int) -> None:
     """Append a line for every cell that ``out`` lacks. ``each``: at most so many prompts of a kind, and task rows."""
     bad, good = work.bad[:each], work.good[:each]
     held = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
@@ -181,11 +181,12 @@ def measure(work: Work, settings: Sequence[str], out: Path, each: int | None) ->
             started = time.monotonic()
             model, tokenizer = load_chat(folder)
             asked = [*bad, *good]
-            said = HfChatModel(model, tokenizer, batch=BATCH).replies([ask(p) for p in asked], Sampling(TOKENS))
+            said = HfChatModel(model, tokenizer, batch=BATCH).replies([ask(p) for p in asked], Sampling(tokens))
             judged = Phrases().verdicts([Exchange(p, s.text) for p, s in zip(asked, said, strict=True)])
             bits = "".join("1" if v.label == "refused" else "0" for v in judged)
             line: dict[str, Any] = {
                 "setting": setting, "variant": variant, "strength": strength, "learning": work.learning,
+                "tokens": tokens,
                 "harmful": bits[: len(bad)], "harmless": bits[len(bad) :], "tasks": {},
             }  # fmt: skip
             for task in SETTINGS[setting]:
@@ -225,9 +226,11 @@ if __name__ == "__main__":
         "--each", type=int, help="at most so many prompts of a kind and rows of a task, for a quick try"
     )
     parser.add_argument("--every", type=int, default=1, help="only every so many-th strength, from the first")
+    parser.add_argument("--preferences", default="on-policy", help="of `safegraft somf train`")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer at most")
     parser.add_argument("--out", type=Path, default=Path("docs/results/somf.jsonl"))
     given = parser.parse_args()
-    how = {k: getattr(given, k) for k in ("steps", "lr", "batch", "scope", "granularity", "max_length")}
+    how = {k: getattr(given, k) for k in ("steps", "lr", "batch", "scope", "granularity", "max_length", "preferences")}
     todo = Work(given.work, given.demo, given.data, how, given.every)
     todo.make(given.settings)
-    measure(todo, given.settings, given.out, given.each)
+    measure(todo, given.settings, given.out, given.each, given.tokens)

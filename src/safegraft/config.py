@@ -188,8 +188,9 @@ class SomfConfig(Settings):
         None, description="one a fine-tune; 1 each if not given"
     )
     preferences: str = Field(
-        "starter", description="starter, a .json, .jsonl, .csv or .parquet file, or a Hub data set"
+        "starter", description="starter, on-policy, a .json, .jsonl, .csv or .parquet file, or a Hub data set"
     )
+    answer_tokens: int = Field(64, ge=1, description="on-policy: tokens of an answer at most (ours)")
     out: str = Field(description="the folder to write")
     scope: ScopeName = Field("all", description="the weights that get a mask, of those that a fine-tune changed")
     layers: str | None = Field(None, description="A:B, only layers A up to and without B; all if not given")

@@ -177,6 +177,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tuned, tmp_path, changes):
         ({"model": "gone"}, "gone"),
         ({"aligned": "gone"}, "gone"),
         ({"preferences": "gone"}, "neither 'starter'"),
+        ({"preferences": "on-policy", "answer_tokens": 2}, "only 0 of 150 harmful requests"),
         ({"samples": 100, "allow_fewer": False}, "of 100 asked for"),
         ({"check_pairs": 14}, "0 usable pair"),
         ({"layers": "1:9"}, "the model has 2"),

@@ -46,6 +46,23 @@ def pairs_of(tokenizer, count=6):
     return [EncodedPair(side(i, "No, sorry."), side(i, f"Sure: {i}!")) for i in range(count)]
 
 
+def test_weights_are_installed_to_generate_with_and_taken_out_again(chat):
+    made, tokenizer = masked(chat)
+    own = {n: p.detach().clone() for n, p in made.frozen.named_parameters()}
+    ids = torch.tensor([tokenizer("Hi there")["input_ids"]])
+    with made.installed(made.plain()) as model, torch.no_grad():
+        found = model(input_ids=ids).logits
+    other, _ = chat_models.load(chat)
+    with torch.no_grad():
+        for name, change in made.changes.items():
+            other.get_parameter(name).add_(change.tensor)
+        assert torch.equal(found, other(input_ids=ids).logits)
+    with pytest.raises(ZeroDivisionError), made.installed(made.plain()):
+        raise ZeroDivisionError
+    assert all(torch.equal(p, own[n]) for n, p in made.frozen.named_parameters())
+    assert not torch.equal(found, made.frozen(input_ids=ids).logits)
+
+
 def test_dpo_by_hand():
     """Margins 1 and −1 against the reference's 0 and 2: −log σ(0.1·1) and −log σ(0.1·(−3))."""
     found = dpo_loss(torch.tensor([-1.0, -3.0, -2.0, -2.0]), torch.tensor([[-5.0, -1.0], [-5.0, -3.0]]), 0.1)

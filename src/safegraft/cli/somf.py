@@ -31,10 +31,12 @@ def train_command(
     weight: list[float] = typer.Option(None, help="Of each --model, in their order. [default: 1 each]"),
     preferences: str = typer.Option(
         None,
-        help="starter, a .json/.jsonl/.csv/.parquet file, or a Hub data set (owner/name[:config][@split]) with prompt, "
-        "chosen and rejected, or of PKU-SafeRLHF's form. [default: starter: refusals against affirmative openings, and "
-        "answers to harmless requests against refusals]",
+        help="starter, on-policy, a .json/.jsonl/.csv/.parquet file, or a Hub data set (owner/name[:config][@split]) "
+        "with prompt, chosen and rejected, or of PKU-SafeRLHF's form. on-policy: the starter's requests, with the "
+        "answers of the aligned model and of the plain fusion. [default: starter: refusals against affirmative "
+        "openings, and answers to harmless requests against refusals]",
     ),
+    answer_tokens: int = typer.Option(None, help="on-policy: tokens of an answer at most. [default: 64]"),
     out: Path = typer.Option(None, help="The folder to write."),
     scope: str = typer.Option(
         None, help="Which weights get a mask: attention, attention-block, ffn, hybrid, model or all. [default: all]"

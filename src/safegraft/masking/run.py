@@ -34,16 +34,19 @@ from ..tensors.scopes import KNOWN, parse_layers
 from ..tensors.writer import check_free, write_whole
 from ..train.distill import last_checkpoint, processes
 from ..train.masked import MaskedModel, Weights, pair_log_probs
-from ..train.preferences import ChosenPairs, choose_pairs, read_preferences
+from ..train.preferences import ChosenPairs, Preferences, choose_pairs, read_preferences
 from ..train.somf import SomfRecipe, learn
 from ..train.sources import STARTER, describe_bad
 from .changes import masked_weights, placed_changes
 from .check import Check, check, findings
 from .memory import Memory, expected, require_room
+from .onpolicy import ON_POLICY, on_policy_preferences
 
 _ = _methods
 SAMPLES = 5000
 """Pairs of a data set where the user does not say: the paper's."""
+ANSWERS = 32
+"""Requests answered at a time, for on-policy pairs."""
 IDENTITY, REFERENCE = "identity.json", "reference.json"
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
@@ -93,7 +96,7 @@ def learn_mask(
     work = out.with_name(f"{out.name}.training")
     _check(config, out, work)
     fine = FineTune.open(config.models, config.aligned, None, config.weights)
-    source = read_preferences(config.preferences, seed=config.seed)
+    source = None if config.preferences == ON_POLICY else read_preferences(config.preferences, seed=config.seed)
     found = _surveyed(fine, report)
     warnings = doubts(found)
     layers = parse_layers(config.layers) if config.layers else None
@@ -110,14 +113,7 @@ def learn_mask(
     for sentence in [*require_room(memory, device), *([FACTORS] if config.mask_factors else []), *fine.pairing.notes]:
         tell(sentence)
     model, tokenizer = load_chat(fine.base.path)
-    pairs = choose_pairs(
-        source, tokenizer, samples=config.samples or (None if config.preferences == STARTER else SAMPLES),
-        allow_fewer=config.allow_fewer, held_out=config.check_pairs, max_length=config.max_length, seed=config.seed,
-    )  # fmt: skip
-    tell(f"{len(pairs.train)} pairs of {source.label} to learn from, {len(pairs.held_out)} held out")
-    for sentence in [*source.notes, *([f"unusable rows:\n{describe_bad(pairs.bad)}"] if pairs.bad else [])]:
-        tell(sentence)
-    identity = _identity(config, fine, found, pairs)
+    pairs = _pairs(config, source, tokenizer, tell) if source else None
     changes, fixed = placed_changes(
         fine, model.to(dtype), chosen, others, how, factors=config.mask_factors,
         progress=lambda done, total: report("fusing", done, total),
@@ -126,6 +122,13 @@ def learn_mask(
         model, changes, fixed, grain, temperature=config.temperature, seed=config.seed,
         dtype=getattr(torch, config.logits_dtype),
     )  # fmt: skip
+    if source is None or pairs is None:
+        source = on_policy_preferences(
+            masked, tokenizer, tokens=config.answer_tokens, batch=ANSWERS, seed=config.seed,
+            progress=lambda done, total: report("answering", done, total),
+        )  # fmt: skip
+        pairs = _pairs(config, source, tokenizer, tell)
+    identity = _identity(config, fine, found, pairs)
     recipe = SomfRecipe(
         config.temperature, config.beta, config.lr, config.batch, config.micro_batch, config.steps, config.optimizer,
         config.save_steps, config.seed,
@@ -181,6 +184,18 @@ def _check(config: SomfConfig, out: Path, work: Path) -> None:
         )
     if config.resume and not work.exists():
         raise OutputError(f"{work} is not there: there is nothing to go on from", "Start again without --resume.")
+
+
+def _pairs(config: SomfConfig, source: Preferences, tokenizer: Any, tell: Say) -> ChosenPairs:
+    every = config.preferences in (STARTER, ON_POLICY)
+    pairs = choose_pairs(
+        source, tokenizer, samples=config.samples or (None if every else SAMPLES), allow_fewer=config.allow_fewer,
+        held_out=config.check_pairs, max_length=config.max_length, seed=config.seed,
+    )  # fmt: skip
+    tell(f"{len(pairs.train)} pairs of {source.label} to learn from, {len(pairs.held_out)} held out")
+    for sentence in [*source.notes, *([f"unusable rows:\n{describe_bad(pairs.bad)}"] if pairs.bad else [])]:
+        tell(sentence)
+    return pairs
 
 
 def _surveyed(fine: FineTune, report: Report) -> Survey:

@@ -6,7 +6,8 @@ place by torch.func.functional_call; nothing of the model itself moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,18 @@ class MaskedModel(nn.Module):
     def plain(self) -> Weights:
         """Every weight under no mask: the plain fusion."""
         return {n: self._sum(n, change(None)) for n, change in self.changes.items()} | self.fixed
+
+    @contextmanager
+    def installed(self, weights: Weights) -> Iterator[nn.Module]:
+        """The frozen model with ``weights`` in the place of its own, to generate with; {}: the aligned one."""
+        own = {name: self._own[name].data for name in weights}
+        try:
+            for name, weight in weights.items():
+                self._own[name].data = weight
+            yield self.frozen
+        finally:
+            for name, weight in own.items():
+                self._own[name].data = weight
 
     def log_probs(self, weights: Weights, batch: Mapping[str, Any]) -> Tensor:
         """Log-probability of each row's answer [rows], in nats, of the model with ``weights``; {}: the aligned one."""
