@@ -111,7 +111,8 @@ def starter_preferences(seed: int) -> Preferences:
     )
     caution = (
         "a fine-tune that answers harmful requests without such an opening learns no refusal from these pairs "
-        "(docs/results/somf.md): for use, give --preferences whose rejected answers are such as it gives"
+        "(docs/results/somf.md): for use, give --preferences on-policy, or a set whose rejected answers are such as it "
+        "gives"
     )
     return Preferences(STARTER, list(enumerate([*unsafe, *safe], 1)), notes=[note, caution])
 
