@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import chat_models
 import models
 from safegraft import merge
-from safegraft.errors import CheckpointError, ConfigError, MismatchError
+from safegraft.errors import CheckpointError, ConfigError, MismatchError, OutputError
 from safegraft.merging import methods as _methods
 from safegraft.merging.execute import merge_tensor
 from safegraft.merging.method import METHODS, GlobalStats
@@ -167,6 +167,35 @@ def test_any_memory_gives_the_same_calibration(chat, tmp_path):
     assert counted[-1] == (16, 16)
     one, other = (models.weights(f) for f in (chat / "cal", tmp_path / "cal"))
     assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_stopped_calibration_goes_on_with_the_pass_it_was_in(chat, tmp_path):
+    settings = {"prompts": chat / "rows.jsonl", "memory": 1}
+    per_pass = 2  # two prompts
+
+    def stop(done, total):
+        if done == 3 * per_pass + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(chat / "base", tmp_path / "cal", progress=stop, **settings)
+    assert models.leftovers(tmp_path) == ["cal.partial"]
+    with pytest.raises(OutputError, match="did not finish"):
+        calibrate(chat / "base", tmp_path / "cal", **settings)
+    with pytest.raises(OutputError, match="other inputs or settings"):
+        calibrate(chat / "base", tmp_path / "cal", resume=True, **settings | {"max_length": 9})
+    counted = []
+    made = calibrate(
+        chat / "base", tmp_path / "cal", resume=True, progress=lambda *now: counted.append(now), **settings
+    )
+    assert counted[:4] == [(2, 16), (4, 16), (6, 16), (7, 16)]  # three passes are there, the fourth runs anew
+    assert (tmp_path / "cal" / "calibration.safetensors").read_bytes() == (
+        chat / "cal" / "calibration.safetensors"
+    ).read_bytes()
+    whole = Calibration(chat / "cal")
+    assert made.manifest["rows"] == whole.manifest["rows"]
+    assert made.manifest["weights"] == whole.manifest["weights"]
+    assert models.leftovers(tmp_path) == ["cal"]
 
 
 def test_the_starter_set_is_drawn_by_seed(chat, tmp_path):

@@ -21,6 +21,7 @@ def command(
     memory: float = typer.Option(4.0, min=0.001, help="GB of matrices held at a time; more means fewer passes."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     seed: int = typer.Option(0, help="Seed of which prompts are used."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with a run that was stopped, pass by pass (--memory)."),
     force: bool = typer.Option(False, "--force", help="Replace an existing output."),
 ) -> None:
     """Measure an aligned model's activations on safety prompts, for `merge --method safe_delta`."""
@@ -33,7 +34,7 @@ def command(
         row = bar.add_task("passes", total=None)
         made = calibrate(
             model, out, prompts=prompts, scope=scope, limit=limit, max_length=max_length, memory=memory * 1e9,  # type: ignore[arg-type]
-            device=device, seed=seed, force=force,
+            device=device, seed=seed, force=force, resume=resume,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
         )  # fmt: skip
     manifest = made.manifest

@@ -41,6 +41,7 @@ def calibrate(
     device: str = "cpu",
     seed: int = 0,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure H = XᵀX/rows [n, n] of the inputs of ``model``'s linear layers, over every token of the prompts.
@@ -56,7 +57,8 @@ def calibrate(
         scope: which weights: attention, ffn, hybrid or all (all adds a head that is not tied).
         limit: at most so many prompts, ≥ 1, drawn by ``seed``. max_length: tokens a conversation is cut to, ≥ 2.
         memory: bytes of matrices held at a time; at least one is.
-        device: cpu or cuda. force: replace an existing ``out``.
+        device: cpu or cuda. force: replace an existing ``out``. resume: go on from ``OUT.partial`` with the passes that
+            are not done; the result is that of an uninterrupted run with the same ``memory``.
 
     Raises:
         ConfigError: a value out of range, or rows that cannot be used. CheckpointError: the model cannot be loaded, or
@@ -88,17 +90,21 @@ def calibrate(
         "scope": scope, "limit": limit, "max_length": max_length, "seed": seed,
         "prompts": prompts.name if prompts else "starter set",
     }  # fmt: skip
-    tokens: dict[str, int] = {}
+    digests = {name: _digest(checkpoint, name) for names in shared.values() for name in names}
+    identity = digest_of([settings, passes, [ids.tolist() for ids in conversations], digests])
     count = _Count(progress, len(passes) * len(conversations))
-    with OutputFolder(Path(out), [layout], identity=digest_of(settings), force=force) as folder:
+    with OutputFolder(Path(out), [layout], identity=identity, force=force, resume=resume) as folder:
         for names in passes:
+            if all(name in folder.finished for name in names):
+                count(len(conversations))
+                continue
             for name, moments in _moments(
                 network, {n: linear[n] for n in names}, conversations, count, stops=names[-1] not in idle
             ):
-                tokens[name] = moments.rows
                 data = as_bytes(moments.mean())
                 folder.write(name, data)
-                folder.done(name, sha256(data))
+                folder.done(name, sha256(data), {"rows": moments.rows})
+        rows_of = {name: int(folder.figures[name]["rows"]) for name in shared}
         manifest = new_manifest(
             KIND,
             config=settings,
@@ -109,12 +115,12 @@ def calibrate(
             },
         )
         manifest["tokens"] = sum(ids.numel() for ids in conversations)
-        manifest["rows"] = tokens
+        manifest["rows"] = rows_of
         manifest["weights"] = {
-            name: {"input": key, "sha256": _digest(checkpoint, name)}
+            name: {"input": key, "sha256": digests[name]}
             for key, names in shared.items()
             for name in names
-            if tokens[key]
+            if rows_of[key]
         }
         folder.finish(manifest)
     return Calibration(out)
@@ -142,8 +148,8 @@ class _Count:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, passes: int = 1) -> None:
+        self.done += passes
         if self.progress:
             self.progress(self.done, self.total)
 
