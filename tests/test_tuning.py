@@ -83,11 +83,12 @@ def test_a_search_measures_chooses_and_resumes(made, tmp_path):
     assert json.loads((out / "tune.json").read_text())["chosen"] == first["chosen"]
     with pytest.raises(OutputError, match="--resume"):
         run(made, out, 3)
-    more = run(made, out, 5, resume=True)
+    more = run(made, out, 12, resume=True)
     assert more["trials"][:3] == first["trials"]
-    assert len({t["strength"] for t in more["trials"]}) == 5
+    assert len({t["strength"] for t in more["trials"]}) == 12
+    assert run(made, tmp_path / "whole", 12)["trials"] == more["trials"]
     with pytest.raises(OutputError, match="another search"):
-        run(made, out, 5, resume=True, seed=1)
+        run(made, out, 12, resume=True, seed=1)
 
 
 def test_nothing_within_the_limits_is_said(made, tmp_path):

@@ -224,11 +224,7 @@ def _trials(
     look: Callable[[Setting], Scores], start: Scores, limits: Limits,
 ) -> list[dict[str, Any]]:  # fmt: skip
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / TRIALS)))
-    held = len(optuna.study.get_all_study_names(storage)) and len(
-        optuna.load_study(study_name="safegraft", storage=storage).trials
-    )
-    sampler = optuna.samplers.TPESampler(seed=seed + held)  # a resumed search goes on, it does not repeat itself
-    study = optuna.create_study(study_name="safegraft", storage=storage, load_if_exists=True, sampler=sampler)
+    study = optuna.create_study(study_name="safegraft", storage=storage, load_if_exists=True)
 
     def objective(trial: Any) -> float:
         setting = Setting(
@@ -243,7 +239,9 @@ def _trials(
     def ended() -> list[Any]:
         return list(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
 
-    study.optimize(objective, n_trials=max(0, trials - len(ended())))
+    while (number := len(ended())) < trials:
+        study.sampler = optuna.samplers.TPESampler(seed=seed + number)  # so a resumed search tries what this one would
+        study.optimize(objective, n_trials=1)
     return [{**t.params, "loss": t.value, "scores": t.user_attrs["scores"]} for t in ended() if math.isfinite(t.value)]
 
 
