@@ -104,6 +104,13 @@ def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):
             assert seen == [(1, 9)]
 
 
+def test_a_model_that_would_search_beams_is_greedy_all_the_same(loaded, monkeypatch):
+    model, tokenizer = loaded
+    wanted = HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(20))
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    assert HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(20)) == wanted
+
+
 def test_a_model_without_such_a_cache_is_asked_a_batch_at_a_time(loaded, monkeypatch):
     model, tokenizer = loaded
     chats = [ask(p) for p in PROMPTS]

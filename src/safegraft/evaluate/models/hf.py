@@ -224,6 +224,7 @@ class HfChatModel:
             pad_token_id=self._pad(),
             eos_token_id=self._stops(),
             past_key_values=cache,
+            num_beams=1,
             return_dict_in_generate=True,
             **chosen,
         )
