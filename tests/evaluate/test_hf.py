@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import Gemma3Config
 
 import chat_models
 import traces
@@ -102,6 +103,13 @@ def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):
             seen = calls_of(model, changed)
             HfChatModel(model, tokenizer).replies([ask("Hi")], Sampling(9))
             assert seen == [(1, 9)]
+
+
+def test_a_window_is_found_in_the_text_part_of_a_configuration():
+    parts = {"text_config": {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["full_attention"] * 2}}
+    assert hf._attends_to_all(Gemma3Config(**parts))
+    parts["text_config"]["layer_types"] = ["sliding_attention", "full_attention"]
+    assert not hf._attends_to_all(Gemma3Config(**parts))
 
 
 def test_a_model_that_would_search_beams_is_greedy_all_the_same(loaded, monkeypatch):

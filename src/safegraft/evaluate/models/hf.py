@@ -58,6 +58,7 @@ class _Opening:
 
 def _attends_to_all(config: Any) -> bool:
     """Whether every layer sees every earlier token, so that padding after a shared opening changes no distance."""
+    config = config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     return all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
 
