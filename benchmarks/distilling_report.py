@@ -14,7 +14,7 @@ from typing import Any
 from distilling import VARIANTS
 from safegraft.evaluate.metrics import holm, mcnemar, rate
 
-REFERENCE = {"ffn": "ffn-plain", "hybrid": "hybrid-plain"}
+REFERENCE = {"ffn-plain": "ffn", "hybrid-plain": "hybrid"}
 """What a vector is compared with; ``attention`` for all others."""
 
 
