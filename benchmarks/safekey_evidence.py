@@ -21,7 +21,6 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,9 @@ from safegraft.evaluate.answers import read_answers, read_verdicts
 from safegraft.evaluate.attacks import ATTACKS
 from safegraft.evaluate.benchmarks import Loaded, load
 from safegraft.evaluate.judges.phrases import Phrases
-from safegraft.evaluate.models.hf import HfChatModel, load_chat
+from safegraft.evaluate.models.hf import load_chat
 from safegraft.evaluate.records import Sampling
-from safegraft.evaluate.run import Subject, about_model, evaluate
+from safegraft.evaluate.run import evaluate, local_subject
 from safegraft.evaluate.summary import METRICS
 from safegraft.reasoning.annotate import annotate
 from safegraft.reasoning.annotators import Rules
@@ -196,17 +195,10 @@ def measure(asked: argparse.Namespace, place: Path, folders: dict[str, Path], se
 
     ``cut``: whether the reasoning did not end within ``--tokens``, which counts as unsafe, and as over-refusal.
     """
-
-    def subject(label: str, folder: Path) -> Subject:
-        @contextmanager
-        def opened() -> Any:
-            yield HfChatModel(*load_chat(folder), batch=asked.answers_at_once)
-
-        return Subject(label, opened, about_model(folder))
-
     out = place / "evaluation"
     evaluate(
-        [subject(label, folder) for label, folder in folders.items()], prompts(asked), {"phrases": Phrases()}, out,
+        [local_subject(label, folder, asked.answers_at_once) for label, folder in folders.items()],
+        prompts(asked), {"phrases": Phrases()}, out,
         attacks={name: ATTACKS.get(name) if name != "none" else None for name in ATTACKED},
         sampling=Sampling(asked.tokens), seed=seed, resume=out.exists(),
         progress=lambda what, done, steps: told(what)(done, steps),

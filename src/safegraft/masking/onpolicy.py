@@ -13,7 +13,7 @@ from ..evaluate.models.hf import HfChatModel
 from ..evaluate.records import Exchange, Sampling, ask
 from ..train.data import Row
 from ..train.masked import MaskedModel, Weights
-from ..train.preferences import Preference, Preferences
+from ..train.preferences import Preference, Preferences, asked_plainly
 from ..train.sources import EVERYDAY
 
 ON_POLICY = "on-policy"
@@ -66,7 +66,7 @@ def on_policy_preferences(
     plain = replies(masked.plain(), [*requests, *(row.prompt for row in safe)], len(requests))
     refusals = [text for text, refused in aligned if refused]
     unsafe = [
-        Preference(_turns(prompt), no, yes)
+        Preference(asked_plainly(prompt), no, yes)
         for prompt, (no, refused), (yes, gave_up) in zip(requests, aligned, plain[: len(requests)], strict=True)
         if refused and not gave_up and yes.strip()
     ]
@@ -78,7 +78,7 @@ def on_policy_preferences(
             "Measure both (safegraft evaluate), or give --preferences of your own.",
         )
     kept = [
-        Preference(_turns(row.prompt), row.answer if gave_up or not text.strip() else text, rng.choice(refusals))
+        Preference(asked_plainly(row.prompt), row.answer if gave_up or not text.strip() else text, rng.choice(refusals))
         for row, (text, gave_up) in zip(safe, plain[len(requests) :], strict=True)
     ]
     kept = rng.sample(kept, min(len(kept), len(unsafe)))
@@ -88,7 +88,3 @@ def on_policy_preferences(
         "where the fusion's answer is preferred to a refusal"
     )
     return Preferences(ON_POLICY, list(enumerate([*unsafe, *kept], 1)), notes=[note])
-
-
-def _turns(prompt: str) -> tuple[dict[str, str], ...]:
-    return ({"role": "user", "content": prompt},)

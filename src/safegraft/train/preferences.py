@@ -100,11 +100,11 @@ def starter_preferences(seed: int) -> Preferences:
     asked = harmful("align", "distil")
     refusals, openings = with_answers(asked, said.refusals, seed), with_answers(asked, said.affirmatives, seed)
     unsafe = [
-        Preference(_asked(no.prompt), no.answer, yes.answer) for no, yes in zip(refusals, openings, strict=True)
+        Preference(asked_plainly(no.prompt), no.answer, yes.answer) for no, yes in zip(refusals, openings, strict=True)
     ]  # fmt: skip
     drawn = rng.sample(lookalikes("align"), len(asked) - EVERYDAY)
     harmless: list[Row] = [*drawn, *rng.sample(instructions(), EVERYDAY)]
-    safe = [Preference(_asked(row.prompt), row.answer, rng.choice(said.refusals)) for row in harmless]
+    safe = [Preference(asked_plainly(row.prompt), row.answer, rng.choice(said.refusals)) for row in harmless]
     note = (
         f"{len(unsafe)} harmful requests, where a refusal is preferred to an affirmative opening, and {len(safe)} "
         "harmless ones, where the answer is preferred to a refusal (else refusing everything would be the safest mask)"
@@ -180,7 +180,9 @@ def preference_of(row: Any) -> Preference | None:
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"it has none of the known shapes; its fields: {', '.join(map(str, row)) or 'none'}")
     if "prompt" in row:
-        turns = _asked(row["prompt"]) if isinstance(row["prompt"], str) else _turns(row["prompt"], "prompt", "user")
+        turns = (
+            asked_plainly(row["prompt"]) if isinstance(row["prompt"], str) else _turns(row["prompt"], "prompt", "user")
+        )
         if not turns[-1]["content"].strip():
             raise ValueError("prompt is empty")
         return _distinct(turns, _answer(row, "chosen"), _answer(row, "rejected"))
@@ -203,7 +205,7 @@ def _by_safety(row: Mapping[str, Any]) -> Preference | None:
     texts = [_answer(row, f"response_{i}") for i in (0, 1)]
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError("prompt is empty or no text")
-    return _distinct(_asked(row["prompt"]), texts[safer], texts[1 - safer])
+    return _distinct(asked_plainly(row["prompt"]), texts[safer], texts[1 - safer])
 
 
 def _distinct(turns: tuple[Turn, ...], chosen: str, rejected: str) -> Preference:
@@ -212,7 +214,8 @@ def _distinct(turns: tuple[Turn, ...], chosen: str, rejected: str) -> Preference
     return Preference(turns, chosen, rejected)
 
 
-def _asked(prompt: str) -> tuple[Turn, ...]:
+def asked_plainly(prompt: str) -> tuple[Turn, ...]:
+    """The conversation that is one request."""
     return ({"role": "user", "content": prompt},)
 
 
