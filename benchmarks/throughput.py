@@ -1,11 +1,11 @@
 """Tokens per second of an evaluation's generation, against ``model.generate`` alone, side by side in one run.
 
-    python benchmarks/throughput.py MODEL [--batch 32] [--tokens 64] [--prompts 96] [--rounds 3] [--suite]
+    python benchmarks/throughput.py MODEL [--batch 32] [--tokens 64] [--prompts 96] [--rounds 3]
 
 Both answer the same chat prompts of the starter suite, greedily, in batches of one size. ``model.generate`` gets them
 in the order of the suite, padded on the left, as its own documentation has it; ours is ``HfChatModel``, with
 rendering, sorting and decoding. Tokens are those up to the end of each answer. The two take turns; the ratio is of the
-medians. ``--suite`` then times the whole starter suite (300 prompts), as ``safegraft evaluate --suite starter`` asks.
+medians.
 """
 
 import argparse
@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--suite", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_chat(args.model)
     suite = [case.prompt for case in load("starter").cases]
@@ -62,12 +61,6 @@ def main() -> None:
                 rates[kind].append(made / took)
     theirs, ours = (statistics.median(found) for found in rates)
     print(f"model.generate {theirs:.0f} tokens/s, an evaluation {ours:.0f} tokens/s: {ours / theirs:.2f}×", flush=True)
-    if args.suite:
-        start = time.perf_counter()
-        said = chat.replies([ask(p) for p in suite], Sampling(args.tokens))
-        cut = sum(not reply.finished for reply in said)
-        print(f"starter suite, {len(suite)} prompts, at most {args.tokens} tokens: {time.perf_counter() - start:.0f} s "
-              f"({sum(r.tokens for r in said)} tokens, {cut} answers cut off)")  # fmt: skip
 
 
 if __name__ == "__main__":

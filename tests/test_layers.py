@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "safegraft"
-FOUNDATION = {"errors", "registry", "config", "manifest", "naming", "__version__"}
+FOUNDATION = {"errors", "registry", "config", "manifest", "naming", "hardware", "__version__"}
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
     "config": {"errors"},
     "manifest": {"__version__"},
     "naming": set(),
+    "hardware": set(),
     "data": FOUNDATION,
     "tensors": FOUNDATION,
     "merging": FOUNDATION | {"tensors"},

@@ -61,7 +61,7 @@ def guard(
     allow_code: bool = False,
     trials: int = 20,
     tokens: int = 64,
-    batch: int = 32,
+    batch: int | None = None,
     seed: int = 0,
     resume: bool = False,
     force: bool = False,
@@ -140,7 +140,7 @@ def _halves(lines: Sequence[str], name: str, out: Path) -> tuple[Path, Loaded]:
 
 def _search(
     model: str | Path, base: str | Path, vector: str | Path, out: Path, task: Path, limits: Limits, trials: int,
-    batch: int, seed: int, progress: Progress | None,
+    batch: int | None, seed: int, progress: Progress | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The chosen setting; that of an earlier, finished search where there is one."""
     result = out / TUNED / "tune.json"
@@ -167,7 +167,7 @@ def _search(
 
 def _measure(
     model: str | Path, out: Path, loaded: Sequence[Loaded], utility: Sequence[Utility], limits: Limits, tokens: int,
-    batch: int, seed: int, progress: Progress | None,
+    batch: int | None, seed: int, progress: Progress | None,
 ) -> list[Check]:  # fmt: skip
     run = out / MEASURED
     subjects = [local_subject(BEFORE, model, batch), local_subject(AFTER, out / RESTORED, batch)]

@@ -4,11 +4,12 @@ import itertools
 import pytest
 import torch
 from transformers import Gemma3Config
+from transformers.cache_utils import DynamicLayer
 
 import chat_models
 import traces
 from safegraft.errors import ConfigError
-from safegraft.evaluate.models import hf
+from safegraft.evaluate.models import hf, rolling
 from safegraft.evaluate.models.hf import HfChatModel
 from safegraft.evaluate.records import Message, Record, Sampling, ask, read_records, write_records
 from safegraft.evaluate.thinking import split
@@ -80,6 +81,7 @@ def test_ended_answers_leave_the_batch_and_others_join(loaded, monkeypatch, shar
     alone = [HfChatModel(model, tokenizer, batch=1).replies([chat], Sampling(12))[0] for chat in chats]
     assert {reply.finished for reply in alone} == {True, False}
     monkeypatch.setattr(hf, "STAGE", 3)
+    monkeypatch.setattr(rolling, "ROOM", 4)
     seen, told = calls_of(model, monkeypatch), []
     chat = HfChatModel(model, tokenizer, batch=4, progress=lambda *now: told.append(now))
     assert chat.replies(chats, Sampling(12)) == alone
@@ -91,6 +93,48 @@ def test_ended_answers_leave_the_batch_and_others_join(loaded, monkeypatch, shar
     )  # while others went on
     assert told == sorted(told)
     assert told[-1] == (8, 8)
+
+
+def test_a_layer_with_room_holds_what_a_plain_one_does(monkeypatch):
+    """Through growing, and rows taken out and put in behind its back; writing where there is room copies nothing."""
+    monkeypatch.setattr(rolling, "ROOM", 3)
+    made = torch.Generator().manual_seed(0)
+    plain = DynamicLayer()
+    plain.update(*torch.randn(2, 4, 2, 5, 6, generator=made))
+    roomy, copies = rolling.Roomy(plain), 0
+    for step in range(12):
+        if step == 5:
+            for layer in (plain, roomy):
+                layer.keys, layer.values = layer.keys[1:], layer.values[1:]
+        keys, values = torch.randn(2, len(plain.keys), 2, 1, 6, generator=made)
+        before = roomy.keys.data_ptr()
+        for ours, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(ours, theirs)
+        copies += roomy.keys.data_ptr() != before
+        assert roomy.get_seq_length() == plain.get_seq_length()
+    assert copies == 4  # at first, full after 3 more, rows taken out, full again
+
+
+def test_a_batch_is_as_large_as_memory_lets_it(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(rolling, "ROOM", 4)
+    chats, seen = [ask(p) for p in PROMPTS], calls_of(model, monkeypatch)
+    wanted = HfChatModel(model, tokenizer, batch=2).replies(chats, Sampling(6))
+    assert max(rows for rows, _ in seen) == 2
+    longest = max(len(HfChatModel(model, tokenizer)._ids(chat)) for chat in chats) + 6
+    config = model.config
+    # float32 keys and values in every layer; four times the widths of what passes
+    token = 4 * (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+    token += 4 * 4 * (config.hidden_size + config.intermediate_size)
+    for rows, share in ((1, 0.5), (2, 2.5), (len(chats), 1000)):
+        seen.clear()
+        monkeypatch.setattr(hf, "memory_of", lambda device, share=share: int(share * 4 * token * longest))
+        assert HfChatModel(model, tokenizer).replies(chats, Sampling(6)) == wanted
+        assert max(made for made, _ in seen) == rows
+    monkeypatch.setattr(hf, "MOST", 2)
+    seen.clear()
+    HfChatModel(model, tokenizer).replies(chats, Sampling(6))
+    assert max(made for made, _ in seen) == 2
 
 
 def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):

@@ -76,7 +76,7 @@ def command(
         None, help="What `safegraft utility evalplus --setup` made, for humaneval+ and mbpp+."
     ),
     temperature: float = typer.Option(0.0, min=0, help="0 decodes greedily."),
-    batch: int = typer.Option(32, min=1, help="Answers at a time."),
+    batch: int = typer.Option(None, min=1, help="Answers at a time. [default: what a quarter of the memory holds]"),
     seed: int = typer.Option(0, help="Of the draw under --limit, of attacks, and of sampling."),
     resume: bool = typer.Option(False, "--resume", help="Go on with an evaluation that was stopped."),
     force: bool = typer.Option(False, "--force", help="Replace an earlier evaluation."),
@@ -209,7 +209,7 @@ def _server(backend: str, base_url: str | None) -> str:
     return base_url or (VLLM if backend == "vllm" else "")
 
 
-def _subject(text: str, batch: int, defense: str | None, url: str) -> Subject:
+def _subject(text: str, batch: int | None, defense: str | None, url: str) -> Subject:
     from ..evaluate.defenses import SafeDecoding, self_reminder, system_prompt
     from ..evaluate.run import Subject, about_model
 
@@ -236,7 +236,7 @@ def _subject(text: str, batch: int, defense: str | None, url: str) -> Subject:
             return
         model, tokenizer = load_chat(place)
         if kind == "safe_decoding":
-            yield SafeDecoding(model, load_chat(value)[0], tokenizer, batch=batch)
+            yield SafeDecoding(model, load_chat(value)[0], tokenizer, batch=batch or 32)
             return
         yield reworded(HfChatModel(model, tokenizer, batch=batch))
 

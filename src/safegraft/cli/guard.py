@@ -29,7 +29,7 @@ def command(
     confidence: float = typer.Option(0.95, help="Of the intervals whose bounds have to keep the limits."),
     trials: int = typer.Option(20, min=1, help="Cheap looks of the search."),
     tokens: int = typer.Option(64, min=1, help="New tokens of an answer."),
-    batch: int = typer.Option(32, min=1, help="Answers at a time."),
+    batch: int = typer.Option(None, min=1, help="Answers at a time. [default: what a quarter of the memory holds]"),
     seed: int = typer.Option(0, help="Of everything random."),
     resume: bool = typer.Option(False, "--resume", help="Go on with a run that was stopped."),
     force: bool = typer.Option(False, "--force", help="Replace an earlier run."),

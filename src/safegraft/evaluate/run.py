@@ -38,7 +38,7 @@ from .thinking import split
 from .utility.base import KIND as SCORED
 from .utility.base import Utility, measure
 
-CHUNK = 128
+CHUNK = 160
 """Answers asked for and written at a time. The chunks follow from the plan alone, so that a resumed run batches its
 prompts as an uninterrupted one does."""
 SUMMARY = "summary.json"
@@ -80,8 +80,8 @@ def about_model(place: str | Path) -> dict[str, Any]:
     return found
 
 
-def local_subject(label: str, place: str | Path, batch: int) -> Subject:
-    """A chat model that transformers loads, ``batch`` conversations at a time; see models.hf."""
+def local_subject(label: str, place: str | Path, batch: int | None) -> Subject:
+    """A chat model that transformers loads, ``batch`` conversations at a time; None: see models.hf."""
 
     @contextmanager
     def opened() -> Iterator[ChatModel]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import ConfigError
+from ..hardware import memory_of
 from ..merging.fusion import Fusion
 from ..tensors.finetune import FineTune
 from ..tensors.masking import Grain
@@ -104,10 +104,7 @@ def require_room(memory: Memory, device: torch.device) -> list[str]:
     Raises:
         ConfigError: the device has less memory in all.
     """
-    if device.type == "cuda":
-        has = torch.cuda.mem_get_info(device)[1]
-    else:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    has = memory_of(device)
     if memory.total > has:
         raise ConfigError(
             f"learning this mask needs {memory.total / 1e9:.1f} GB and activations, and the {device.type} device has "

@@ -94,7 +94,7 @@ def search(
     shortlist: int = 3,
     highest: float = 4.0,
     tokens: int = 24,
-    batch: int = 32,
+    batch: int | None = None,
     seed: int = 0,
     resume: bool = False,
     force: bool = False,
@@ -167,7 +167,7 @@ MINIMUM = 0.02
 class _Look:
     """Measures the model in hand on a part."""
 
-    def __init__(self, net: Any, tokenizer: Any, tokens: int, batch: int, progress: Progress | None) -> None:
+    def __init__(self, net: Any, tokenizer: Any, tokens: int, batch: int | None, progress: Progress | None) -> None:
         self.net, self.tokenizer, self.tokens, self.batch, self.progress = net, tokenizer, tokens, batch, progress
         self.judge = Phrases()
 

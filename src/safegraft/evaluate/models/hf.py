@@ -13,12 +13,17 @@ import torch
 from transformers import DynamicCache
 
 from ...errors import CheckpointError, ConfigError
+from ...hardware import memory_of
 from ..records import Conversation, Reply, Sampling
 from ..thinking import OPEN
 from .rolling import Rolling, can_roll
 
 SHARED = 8
 """Tokens that all prompts must have in common before it pays to run them once."""
+MOST = 160
+"""Conversations at a time at most, where nobody said how many."""
+SHARE = 0.25
+"""Of the device's memory, for what a batch needs, where nobody said how large it may be."""
 STAGE = 16
 """Tokens after which a batch is looked through for answers that have ended."""
 
@@ -63,6 +68,16 @@ def _attends_to_all(config: Any) -> bool:
     return all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
 
 
+def _bytes_per_token(model: Any) -> int:
+    """What a token of a conversation takes in memory: keys and values in every layer, and the widest activations."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
+    passing = 4 * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
+    return int((kept + passing) * model.dtype.itemsize)
+
+
 def _reopened(reply: Reply, prompt: str) -> Reply:
     """``reply`` with the opening tag of the reasoning before it, where ``prompt`` ended with that."""
     return replace(reply, text=f"{OPEN}\n{reply.text}") if prompt.rstrip().endswith(OPEN) else reply
@@ -77,13 +92,19 @@ class HfChatModel:
 
     Args:
         model: a causal LM; it is put into eval mode. tokenizer: with a chat template.
-        batch: conversations at a time, ≥ 1. progress: called with (answered, in all).
+        batch: conversations at a time, ≥ 1; None: as many as about a quarter of the device's memory holds, at most 160.
+            progress: called with (answered, in all).
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch: int = 32, progress: Callable[[int, int], None] | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if batch < 1:
+        if batch is not None and batch < 1:
             raise ConfigError(f"batch {batch} is below 1")
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -109,12 +130,18 @@ class HfChatModel:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         found: dict[int, Reply] = {}
         answer = self._rolling if self._may_pause() else self._in_batches
-        for made in answer(order, prompts, sampling, opening):
+        size = self.batch or self._fitting(max(map(len, prompts), default=0) + sampling.max_new_tokens)
+        for made in answer(order, prompts, sampling, opening, size):
             found.update(made)
             if self.progress and made:
                 self.progress(len(found), len(prompts))
         told = [replace(r, text=r.text.rstrip() if begun[i] else r.text.strip()) for i, r in sorted(found.items())]
         return [_reopened(reply, self._text(asked)) for reply, asked in zip(told, batch, strict=True)]
+
+    def _fitting(self, columns: int) -> int:
+        """Rows of so many tokens that have room in the device's memory beside the model."""
+        room = SHARE * memory_of(self.model.device)
+        return max(1, min(MOST, int(room / (columns * _bytes_per_token(self.model)))))
 
     def _ids(self, conversation: Conversation) -> list[int]:
         return list(self.tokenizer(self._text(conversation), add_special_tokens=False)["input_ids"])
@@ -150,29 +177,39 @@ class HfChatModel:
         return _Opening(size, cache) if isinstance(cache, DynamicCache) else None
 
     def _in_batches(
-        self, order: Sequence[int], prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None
+        self,
+        order: Sequence[int],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        opening: _Opening | None,
+        size: int,
     ) -> Iterator[dict[int, Reply]]:
-        """The replies by place in ``prompts``, a batch at a time."""
-        for start in range(0, len(order), self.batch):
-            group = order[start : start + self.batch]
+        """The replies by place in ``prompts``, ``size`` at a time."""
+        for start in range(0, len(order), size):
+            group = order[start : start + size]
             said = self._generate([prompts[i] for i in group], sampling, opening)
             yield dict(zip(group, said, strict=True))
 
     def _rolling(
-        self, order: Sequence[int], prompts: Sequence[list[int]], sampling: Sampling, opening: _Opening | None
+        self,
+        order: Sequence[int],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        opening: _Opening | None,
+        size: int,
     ) -> Iterator[dict[int, Reply]]:
-        """The replies by place in ``prompts``, as they end. Whenever a quarter of the batch is free, others join."""
+        """The replies by place in ``prompts``, as they end. Whenever a quarter of ``size`` is free, others join."""
         waiting, stops, going = deque(order), self._stops(), None
         while waiting or going:
-            room = self.batch - (len(going.places) if going else 0)
-            if waiting and 4 * room >= self.batch:
+            room = size - (len(going.places) if going else 0)
+            if waiting and 4 * room >= size:
                 group = [waiting.popleft() for _ in range(min(room, len(waiting)))]
                 ids, mask, cache = self._padded([prompts[i] for i in group], opening)
                 fresh = self._further(Rolling(ids, mask, cache, group, [0] * len(group)), 1, sampling)
                 if not can_roll(fresh.cache):
-                    yield from self._in_batches([*group, *waiting], prompts, sampling, opening)
+                    yield from self._in_batches([*group, *waiting], prompts, sampling, opening, size)
                     return
-                going = going.joined(fresh) if going else fresh
+                going = going.joined(fresh) if going else fresh.with_room()
             elif going:
                 left = sampling.max_new_tokens - max(going.made)
                 going = self._further(going, min(STAGE, left), sampling)

@@ -11,10 +11,51 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+ROOM = 64
+"""Columns by which a layer that is full grows."""
+
 
 def can_roll(cache: Any) -> bool:
     """Whether rows of a cache can be taken out and put together: every layer keeps all keys and values, by token."""
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return isinstance(cache, DynamicCache) and all(type(layer) in (DynamicLayer, Roomy) for layer in cache.layers)
+
+
+class Roomy(DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps room behind its keys and values [rows, heads, length, size], so that a token more is written
+    where it belongs instead of copying all that is held.
+
+    Args:
+        filled: a layer that holds something.
+    """
+
+    def __init__(self, filled: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = filled.keys, filled.values
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``DynamicLayer.update``. What this or an earlier call returned stays as it is until rows are replaced."""
+        begin, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        parts = (self.keys, self.values)
+        moved = self._held is None or any(now is not then for now, then in zip(parts, self._held, strict=True))
+        if self._whole is None or moved or end > self._whole[0].shape[-2]:
+            self._whole = (_with_room(self.keys, end), _with_room(self.values, end))
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+            whole[..., begin:end, :] = new
+        self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
+        self._held = (self.keys, self.values)
+        return self._held
+
+
+def _with_room(part: torch.Tensor, length: int) -> torch.Tensor:
+    """``part`` at the beginning of a tensor with more than ``length`` columns; the others hold anything."""
+    whole = part.new_empty(*part.shape[:-2], length + ROOM, part.shape[-1])
+    whole[..., : part.shape[-2], :] = part
+    return whole
 
 
 @dataclass
@@ -36,6 +77,11 @@ class Rolling:
     def answer(self, row: int) -> list[int]:
         """The tokens made so far."""
         return self.ids[row, -self.made[row] :].tolist()
+
+    def with_room(self) -> Rolling:
+        """The same rows, whose cache grows without being copied at every token. The cache can roll."""
+        self.cache.layers = [Roomy(layer) for layer in self.cache.layers]
+        return self
 
     def longer(self, ids: torch.Tensor, cache: Any) -> Rolling:
         """After ``ids`` [rows, length + n] were made of these rows."""

@@ -18,6 +18,8 @@ from .base import journal as read_journal
 
 CHUNK = 128
 """Requests asked and written at a time; the chunks follow from the task alone."""
+SCORED = 32
+"""Requests whose likelihood is taken at a time where nobody said how many: these need the logits of every token."""
 TOKENS = 256
 """New tokens where a task says nothing, as in the harness's own models."""
 FENCE = "```python\n"
@@ -80,7 +82,7 @@ class ChatLM(LM):  # type: ignore[misc]
         from lm_eval.models.huggingface import HFLM
 
         chat = self.model
-        inner = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=chat.batch)
+        inner = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=chat.batch or SCORED)
 
         def ask(places: Sequence[int]) -> list[dict[str, Any]]:
             made = []
