@@ -4,10 +4,10 @@
     python benchmarks/somf_report.py docs/results/somf.jsonl --out docs/results
 
 DEMO is what `safegraft demo --out DEMO` left: aligned, finetuned (its task stands for maths) and vector. Two further
-fine-tunes of the aligned model are made in WORK, news classification and short instructions (DATA has no harmless
-instructions in Chinese or Hindi, so these are English), and a mask for one fine-tune and one for all three. Every
-variant is measured at several strengths, so that they can be compared at equal cost. What is in WORK or in the lines of
-``--out`` already is not made again; a mask that was interrupted goes on.
+fine-tunes of the aligned model are made in WORK, news classification and instructions answered in Chinese (Django's
+messages with its own translations, BSD-3-Clause: `pip install django`), and a mask for one fine-tune and one for all
+three. Every variant is measured at several strengths, so that they can be compared at equal cost. What is in WORK or in
+the lines of ``--out`` already is not made again; a mask that was interrupted goes on.
 
 The control for density is the learnt mask with its logits shuffled inside every tensor: the same densities exactly, and
 the same share of every value.
@@ -16,12 +16,15 @@ the same share of every value.
 from __future__ import annotations
 
 import argparse
+import gettext
+import importlib.util
 import json
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from safegraft.tensors.mask import Mask, write_mask
 from safegraft.tensors.randomness import generator
 from safegraft.train.data import Pair
 
-TASKS = ("maths", "news", "instructions")
+TASKS = ("maths", "news", "chinese")
 SETTINGS: dict[str, tuple[str, ...]] = {"one": ("maths",), "three": TASKS}
 LAMBDAS = {"one": (1.0, 0.85, 0.7, 0.5), "three": (0.6, 0.5, 0.4, 0.3)}
 """λ of the fusions, the first one the mask is learnt at. The paper's 0.04 for full fine-tunes leaves next to nothing of
@@ -56,16 +59,35 @@ MASKED = {"somf-continuous": ("mask", "continuous"), "somf-binary": ("mask", "bi
 TRAIN_ROWS, DROP = 160, 0.2
 
 
-def rows_of(data: Path, task: str, avoid: set[str]) -> tuple[list[Pair], list[Pair]]:
-    """Rows of a task to train on and rows held out; none with a request of ``avoid``."""
+def chinese() -> list[Pair]:
+    """Requests to put a message of Django into Chinese, with Django's own translation.
+
+    Raises:
+        SystemExit: Django is not installed.
+    """
+    django = importlib.util.find_spec("django")
+    if django is None or django.origin is None:
+        raise SystemExit("the Chinese task is made of Django's messages: pip install django")
+    found: dict[str, str] = {}
+    for catalogue in sorted(Path(django.origin).parent.rglob("locale/zh_Hans/LC_MESSAGES/django.mo")):
+        with catalogue.open("rb") as file:
+            entries = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+        # plural forms have tuples for keys, messages with a context a \x04
+        found |= {k: v for k, v in entries.items() if isinstance(k, str) and "\x04" not in k and "<" not in k and v}
+    return [Pair(f"Translate into Chinese: {k}", v) for k, v in sorted(found.items()) if 11 < len(k) < 200]
+
+
+@cache
+def rows_of(data: Path, task: str) -> tuple[list[Pair], list[Pair]]:
+    """Rows of a task to train on and rows held out."""
     if task == "maths":
         held = [*starter_task("select"), *starter_task("report")]
         return [], [Pair(r.prompt, r.answer) for r in held][:TASK_ROWS]
-    name = "agnews_train_1k.json" if task == "news" else "alpaca_1k.json"
-    found = json.loads((data / "utility" / name).read_text(encoding="utf-8"))
-    pairs = [Pair(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in found]
-    if task == "instructions":
-        pairs = [p for p in pairs if 20 < len(p.answer) < 300 and p.prompt not in avoid]
+    if task == "chinese":
+        pairs = chinese()
+    else:
+        found = json.loads((data / "utility" / "agnews_train_1k.json").read_text(encoding="utf-8"))
+        pairs = [Pair(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in found]
     drawn = random.Random(0).sample(pairs, min(len(pairs), TRAIN_ROWS + TASK_ROWS))
     return drawn[TASK_ROWS:], drawn[:TASK_ROWS]
 
@@ -74,18 +96,17 @@ class Work:
     """The models and masks of the benchmark in a folder; what is there already is used."""
 
     def __init__(self, folder: Path, demo: Path, data: Path, learning: dict[str, Any], every: int = 1) -> None:
-        self.folder, self.learning, self.every = folder, learning, every
+        self.folder, self.data, self.learning, self.every = folder, data, learning, every
         self.aligned, self.vector = demo / "aligned", demo / "vector"
         self.tuned = {"maths": demo / "finetuned", **{t: folder / t for t in TASKS[1:]}}
         self.bad, self.good = prompts(data)
-        self.rows = {task: rows_of(data, task, set(self.good)) for task in TASKS}
 
     def make(self, settings: Sequence[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for task in {t for s in settings for t in SETTINGS[s]} - {"maths"}:
             if not self.tuned[task].is_dir():
-                how = Training(1, 2e-4)
-                train(self.aligned, self.rows[task][0], how, self.tuned[task], seed=0, label=task, progress=_say)
+                rows, how = rows_of(self.data, task)[0], Training(1, 2e-4)
+                train(self.aligned, rows, how, self.tuned[task], seed=0, label=task, progress=_say)
         for setting in settings:
             if not self.mask(setting).is_dir():
                 self._learn(setting)
@@ -190,7 +211,7 @@ def measure(work: Work, settings: Sequence[str], out: Path, each: int | None, to
                 "harmful": bits[: len(bad)], "harmless": bits[len(bad) :], "tasks": {},
             }  # fmt: skip
             for task in SETTINGS[setting]:
-                losses, right, counts = utility(model, tokenizer, work.rows[task][1][:each])
+                losses, right, counts = utility(model, tokenizer, rows_of(work.data, task)[1][:each])
                 line["tasks"][task] = {"loss": losses, "right": right, "tokens": counts}
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
