@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import flash
 from safegraft.train.data import IGNORED
 from safegraft.train.safekey.batches import NOWHERE, Collator, Traces
 from safegraft.train.safekey.losses import LM, DualPathHead, SafeKeyModel, Weights
@@ -86,6 +87,25 @@ def test_padded_and_packed_batches_and_single_rows_have_the_same_terms(tiny, att
         found = model(collator([items[0], items[1]]), auxiliary=True)
         for name, value in found.items():
             torch.testing.assert_close(value, singles[0][name] + singles[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "phi3"])
+def test_flash_attention_has_the_same_terms(tiny, monkeypatch, family):
+    """Through transformers' own preparation for its kernels; the kernels stand in, see flash.py. Removed queries leave
+    a gap in the position ids, which must not be taken for where a packed row begins."""
+    items = Traces(ROWS)
+    model = load(tiny(family), "sdpa")
+    wanted = [model(Collator(0)([items[i]]), auxiliary=True) for i in range(2)]
+    found = load(tiny(family), "sdpa")
+    called = flash.switch(found.model, monkeypatch)
+    for collator in (Collator(0), Collator(0, from_first_label=True), Collator(0, packed=True, flash=True)):
+        singles = [found(collator([items[i]]), auxiliary=True) for i in range(2)]
+        both = found(collator([items[0], items[1]]), auxiliary=True)
+        for name, value in both.items():
+            torch.testing.assert_close(value, wanted[0][name] + wanted[1][name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(singles[0][name], wanted[0][name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(singles[1][name], wanted[1][name], rtol=1e-4, atol=1e-5)
+    assert set(called) == {"plain", "varlen"}
 
 
 def test_what_a_batch_holds():
