@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from safegraft.distilling.validity import Look, by_layer, findings
 from safegraft.errors import CheckpointError, ConfigError, OutputError, UserError
 from safegraft.evaluate.metrics import rate
 from safegraft.evaluate.models.hf import load_chat
+from safegraft.train.distill import Recipe, _require_whole
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 SCOPES = ["attention", "attention-block", "ffn", "hybrid", "model"]
@@ -307,6 +309,23 @@ def test_two_processes_give_the_vector_of_one(chat, tmp_path):
     assert_close(read(tmp_path / "two"), read(tmp_path / "one"))
     assert SafetyVector(tmp_path / "two").manifest["provenance"]["processes"] == 2
     assert models.leftovers(tmp_path) == ["one", "run.yaml", "two"]
+
+
+@pytest.mark.parametrize(
+    ("split", "stage", "saves", "bf16", "said"),
+    [(True, None, 0, False, "split them"), (False, 3, 0, False, "split them"), (False, 2, 50, False, "the whole model"),
+     (False, 2, 0, True, "round the weights"), (False, 2, 0, False, None), (False, None, 50, True, None)],
+)  # fmt: skip
+def test_several_processes_that_could_not_give_a_vector_are_refused(split, stage, saves, bf16, said):
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator, given = SimpleNamespace(state=state), SimpleNamespace(bf16=bf16)
+    trainer = SimpleNamespace(is_fsdp_enabled=split, accelerator=accelerator, args=given)
+    if said is None:
+        _require_whole(trainer, Recipe(save_steps=saves))
+    else:
+        with pytest.raises(ConfigError, match=said):
+            _require_whole(trainer, Recipe(save_steps=saves))
 
 
 def test_importing_the_command_line_stays_light():

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from safegraft.reasoning.heads import read_heads
 from safegraft.reasoning.probe import probe
 from safegraft.reasoning.train import by_epoch, train
 from safegraft.tensors.verify import verify
+from safegraft.train.safekey.trainer import _require_gathering
 
 QUICK = {"epochs": 2, "aux_epochs": 1, "batch": 4, "micro_batch": 2, "lr": 1e-2, "max_length": 400}
 
@@ -197,6 +200,14 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
+def close(folder, other, start):
+    one, two, start = (models.weights(f) for f in (folder, other, start))
+    assert set(one) == set(two)
+    for name in one:
+        moved = float((one[name] - start[name]).norm())
+        assert float((one[name] - two[name]).norm()) <= 1e-2 * moved + 1e-6, name
+
+
 def test_two_processes_train_the_model_of_one(place, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     cpu = environment() | {"CUDA_VISIBLE_DEVICES": ""}  # `launch --cpu` starts one process only, without MPI
@@ -208,16 +219,46 @@ def test_two_processes_train_the_model_of_one(place, tmp_path):
     done = subprocess.run(line, env=cpu, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     train(settings(place, tmp_path / "one", micro_batch=1, save_heads=str(tmp_path / "one-heads")))
-    one, two = (models.weights(tmp_path / name) for name in ("one", "two"))
-    start = models.weights(place / "model")
-    for name in one:
-        moved = float((one[name] - start[name]).norm())
-        assert float((one[name] - two[name]).norm()) <= 1e-2 * moved + 1e-6, name
+    close(tmp_path / "one", tmp_path / "two", place / "model")
     logs = [json.loads((tmp_path / name / "manifest.json").read_text())["result"] for name in ("one", "two")]
     assert [log["processes"] for log in logs] == [1, 2]
     for ours, theirs in zip(logs[1]["epochs"], logs[0]["epochs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert models.leftovers(tmp_path) == ["one", "one-heads", "two", "two-heads"]
+
+
+def test_weights_split_by_fsdp_train_and_resume_like_whole_ones(place, tmp_path):
+    env = environment() | {
+        "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }  # fmt: skip
+    line = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(Path(__file__).parent.parent / "sharded.py"), "safekey", "train", "--model", str(place / "model"), "--data",
+        str(place / "both"), "--out", str(tmp_path / "split"), "--epochs", "2", "--aux-epochs", "1", "--batch", "4",
+        "--micro-batch", "1", "--lr", "1e-2", "--max-length", "400", "--save-steps", "1", "--save-heads",
+        str(tmp_path / "split-heads"),
+    ]  # fmt: skip
+    done = subprocess.run(line, env=env | {"STOP": "3"}, capture_output=True, text=True, timeout=400, check=False)
+    assert "Stopped" in done.stderr, done.stderr
+    assert models.leftovers(tmp_path) == ["split.training"]
+    done = subprocess.run([*line, "--resume"], env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    train(settings(place, tmp_path / "one", micro_batch=1, save_heads=str(tmp_path / "one-heads")))
+    close(tmp_path / "one", tmp_path / "split", place / "model")
+    one, split = (read_heads(tmp_path / f"{name}-heads", 32)[0] for name in ("one", "split"))
+    torch.testing.assert_close(split.u.weight, one.u.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "gathers"), [(3, False), (3, True), (2, False)])
+def test_weights_that_would_stay_in_pieces_are_refused(stage, gathers):
+    zero = {"stage3_gather_16bit_weights_on_model_save": gathers}
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+    if stage == 3 and not gathers:
+        with pytest.raises(ConfigError, match="in pieces"):
+            _require_gathering(plugin)
+    else:
+        _require_gathering(plugin)
 
 
 def test_the_heads_tell_what_they_were_taught(place, tmp_path):

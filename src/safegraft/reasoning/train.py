@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
 from ..config import SafeKeyConfig
@@ -267,7 +266,11 @@ def _write(
 ) -> None:
     name = config.dtype or str(checkpoint.config_value("dtype") or checkpoint.config_value("torch_dtype") or "float32")
     dtype = getattr(torch, name.removeprefix("torch."))
-    state = _cast(trained.state, dtype)
+    state = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in trained.state.items()
+        if name not in model.all_tied_weights_keys
+    }
     _without_lora(model)
     with private_folder(out.with_name(f"{out.name}.partial")) as folder:
         model.config.dtype = dtype
@@ -282,18 +285,6 @@ def _write(
         check_free(out, force=config.force)
         folder.chmod(0o755)
         replace_folder(folder, out)
-
-
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in ``dtype``; what is one tensor under two names stays one."""
-    made: dict[tuple[int, ...], Tensor] = {}
-    found = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), *tensor.shape)
-        if key not in made:
-            made[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        found[name] = made[key]
-    return found
 
 
 def _without_lora(model: Any) -> None:

@@ -176,7 +176,8 @@ def train(
         resume: go on from the last whole checkpoint in it. progress: called with (steps done, steps in all, loss).
 
     Raises:
-        ConfigError: a value out of range. NumericError: the loss is not finite. OutputError: nothing to resume.
+        ConfigError: a value out of range, weights split over processes, or settings that DeepSpeed would defeat.
+        NumericError: the loss is not finite. OutputError: nothing to resume.
     """
     if recipe.epochs < 1 or not 0 < recipe.lr < math.inf or not 0 <= recipe.warmup < 1:
         raise ConfigError(
@@ -201,6 +202,7 @@ def train(
         callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)
+    _require_whole(trainer, recipe)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model.config.use_cache = cached
@@ -256,8 +258,29 @@ def bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
+def _require_whole(trainer: Trainer, recipe: Recipe) -> None:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage >= 3):
+        raise ConfigError(
+            "a vector is taken from whole weights, and FSDP and DeepSpeed's ZeRO-3 split them over the processes",
+            "Run the processes data-parallel, or with ZeRO-1 or 2; --lora-rank needs the least memory.",
+        )
+    if plugin is not None and recipe.save_steps:
+        raise ConfigError(
+            "DeepSpeed's checkpoints would hold the whole model, which is to lose its safety", "Leave out --resumable."
+        )
+    if plugin is not None and trainer.args.bf16:
+        raise ConfigError(
+            "DeepSpeed would round the weights to bfloat16, and a vector is their small change",
+            "Use --precision float32.",
+        )
+
+
 class OnlyTrained(Trainer):  # type: ignore[misc]
-    """Checkpoints hold the trained tensors alone: no part of the model that anyone could load by itself."""
+    """Checkpoints hold the trained tensors alone: no part of the model that anyone could load by itself.
+
+    Not so under FSDP and DeepSpeed, which write all weights, in their own format.
+    """
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -269,6 +292,9 @@ class OnlyTrained(Trainer):  # type: ignore[misc]
         save_file({n: t.detach().cpu().contiguous() for n, t in held.items() if n in moving}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         held = load_file(Path(resume_from_checkpoint) / TRAINED)
         own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if set(own) != set(held):

@@ -66,8 +66,16 @@ class DualPathHead(nn.Module):
             flat = hidden.float().flatten(0, -2)
             u = understanding.flatten()
             both = torch.where(u >= 0, u, query.flatten())
-            first, second = self.u(pooled(flat, u, rows)), self.xu(pooled(flat, both, rows))
-        return first.squeeze(-1), second.squeeze(-1)
+            own = self.u.weight.dtype  # DeepSpeed trains in bfloat16 by making all weights so
+            first, second = (head(pooled(flat, who, rows).to(own)) for head, who in ((self.u, u), (self.xu, both)))
+        return first.squeeze(-1).float(), second.squeeze(-1).float()
+
+    def idle(self, hidden: Tensor) -> Tensor:
+        """Both heads on a vector of zeros: for a gradient of zero, through their own forward, before which DeepSpeed's
+        ZeRO-3 brings their weights together."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            nothing = hidden.new_zeros(1, hidden.shape[-1], dtype=self.u.weight.dtype)
+            return torch.cat([self.u(nothing), self.xu(nothing)])
 
 
 def pooled(states: Tensor, row_of: Tensor, rows: int) -> Tensor:
@@ -142,7 +150,7 @@ class SafeKeyModel(nn.Module):
             for name, score in zip((HEAD_U, HEAD_XU), scores, strict=True):
                 found[name] = functional.binary_cross_entropy_with_logits(score, harmful, reduction="sum")
         else:
-            found[LM] = found[LM] + 0.0 * sum(p.sum() for p in self.head.parameters())
+            found[LM] = found[LM] + 0.0 * self.head.idle(hidden).sum()
         return found
 
     def _run(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

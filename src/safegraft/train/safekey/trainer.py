@@ -94,7 +94,8 @@ def train_safekey(
         resume: go on from the last whole checkpoint in it. progress: called with (steps done, steps in all, loss).
 
     Raises:
-        ConfigError: a value out of range, no rows, one label, or a model that SafeKey cannot train.
+        ConfigError: a value out of range, no rows, one label, a model that SafeKey cannot train, or a DeepSpeed
+            configuration under which the weights could not be saved.
         NumericError: the loss is not finite. OutputError: nothing to resume, or of another run.
     """
     recipe.check()
@@ -134,6 +135,7 @@ def train_safekey(
         aux_share=recipe.aux_epochs / recipe.epochs,
     )
     trainer.remove_callback(PrinterCallback)
+    _require_gathering(trainer.accelerator.state.deepspeed_plugin)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     model.config.use_cache = cached
@@ -144,6 +146,22 @@ def train_safekey(
     heads = {n.removeprefix("head."): t.detach().cpu() for n, t in state.items() if n.startswith("head.")}
     inner = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
     return Trained(plain(inner, _scalings(model)), heads, trainer.state.global_step, tokens, free, log)
+
+
+def _require_gathering(plugin: Any) -> None:
+    """That DeepSpeed will bring the weights together at the end.
+
+    Raises:
+        ConfigError: it splits them (ZeRO-3) and was not told to.
+    """
+    if plugin is None or plugin.zero_stage < 3:
+        return
+    zero = plugin.deepspeed_config.get("zero_optimization", {})
+    if not zero.get("stage3_gather_16bit_weights_on_model_save", False):
+        raise ConfigError(
+            "DeepSpeed's ZeRO-3 would leave the trained weights in pieces",
+            "Set stage3_gather_16bit_weights_on_model_save for DeepSpeed, or zero3_save_16bit_model for accelerate.",
+        )
 
 
 def _has_windows(config: Any) -> bool:
