@@ -173,7 +173,7 @@ class Work:
             if drop["weights"] != [1.0]:
                 yield "dare", scale, lambda drop=drop: self.fused(setting, **drop)
         for variant, (method, strengths) in VECTOR.items():
-            for strength in strengths[:: self.every]:
+            for strength in strengths:
                 yield variant, strength, lambda m=method, s=strength: self._grafted(setting, m, s)
 
     @contextmanager
@@ -246,7 +246,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--each", type=int, help="at most so many prompts of a kind and rows of a task, for a quick try"
     )
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th strength, from the first")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th λ, from the first")
     parser.add_argument("--preferences", default="on-policy", help="of `safegraft somf train`")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer at most")
     parser.add_argument("--out", type=Path, default=Path("docs/results/somf.jsonl"))

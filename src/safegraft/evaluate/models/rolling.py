@@ -17,7 +17,7 @@ ROOM = 64
 
 def can_roll(cache: Any) -> bool:
     """Whether rows of a cache can be taken out and put together: every layer keeps all keys and values, by token."""
-    return isinstance(cache, DynamicCache) and all(type(layer) in (DynamicLayer, Roomy) for layer in cache.layers)
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 class Roomy(DynamicLayer):  # type: ignore[misc]
@@ -31,24 +31,26 @@ class Roomy(DynamicLayer):  # type: ignore[misc]
     def __init__(self, filled: DynamicLayer) -> None:
         super().__init__()
         self.lazy_initialization(filled.keys, filled.values)
-        self.keys, self.values = filled.keys, filled.values
-        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.hold(filled.keys, filled.values)
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """These, in place of what is held, which is let go."""
+        self.keys, self.values = keys, values
         self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._seen: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``DynamicLayer.update``. What this or an earlier call returned stays as it is until rows are replaced."""
         begin, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        parts = (self.keys, self.values)
-        moved = self._held is None or any(now is not then for now, then in zip(parts, self._held, strict=True))
-        if self._whole is None or moved or end > self._whole[0].shape[-2]:
+        if self._whole is None or self.keys is not self._seen or end > self._whole[0].shape[-2]:
             self._whole = (_with_room(self.keys, end), _with_room(self.values, end))
         for whole, new in zip(self._whole, (key_states, value_states), strict=True):
             whole[..., begin:end, :] = new
         self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
-        self._held = (self.keys, self.values)
-        return self._held
+        self._seen = self.keys
+        return self.keys, self.values
 
 
 def _with_room(part: torch.Tensor, length: int) -> torch.Tensor:
@@ -95,7 +97,7 @@ class Rolling:
         mask = self.mask[chosen]
         spare = int(mask.any(dim=0).int().argmax())
         for layer in self.cache.layers:
-            layer.keys, layer.values = (part[chosen.to(part.device), :, spare:] for part in (layer.keys, layer.values))
+            layer.hold(*(part[chosen.to(part.device), :, spare:] for part in (layer.keys, layer.values)))
         places, made = [self.places[row] for row in rows], [self.made[row] for row in rows]
         return Rolling(self.ids[chosen, spare:], mask[:, spare:], self.cache, places, made)
 
@@ -103,8 +105,8 @@ class Rolling:
         """The rows of both, the shorter ones padded on the left."""
         length = max(self.ids.shape[1], other.ids.shape[1])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = _stacked(mine.keys, theirs.keys, -2, length - 1)
-            mine.values = _stacked(mine.values, theirs.values, -2, length - 1)
+            pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            mine.hold(*(_stacked(own, other, -2, length - 1) for own, other in pairs))
         ids, mask = _stacked(self.ids, other.ids, -1, length), _stacked(self.mask, other.mask, -1, length)
         return Rolling(ids, mask, self.cache, self.places + other.places, self.made + other.made)
 
