@@ -50,8 +50,8 @@ LAMBDAS = {"one": (1.0, 0.85, 0.7, 0.5), "three": (0.6, 0.5, 0.4, 0.3)}
 """λ of the fusions, the first one the mask is learnt at. The paper's 0.04 for full fine-tunes leaves next to nothing of
 these short ones."""
 VECTOR: dict[str, tuple[str, tuple[float, ...]]] = {
-    "resta": ("resta", (0.4, 0.8, 1.2, 1.7)),
-    "interference": ("interference", (1.6, 3.2, 4.8, 6.8)),
+    "resta": ("resta", (0.4, 0.8, 1.2, 1.7, 2.4)),
+    "interference": ("interference", (1.6, 3.2, 4.8, 6.8, 9.6)),
 }
 """Method and strengths, shares of ‖τ‖, of the methods with a vector: into the plain fusion at the first λ."""
 MASKED = {"somf-continuous": ("mask", "continuous"), "somf-binary": ("mask", "binary"),

@@ -55,4 +55,4 @@ def test_the_starter_data_keep_training_and_measuring_apart():
     )  # fmt: skip
     assert not any(prompt in text for text in trained for prompt in select | report)
     assert not select & report
-    assert (len(data.report.harmful), len(data.report.lookalikes), len(data.report.task)) == (100, 100, 120)
+    assert (len(data.report.harmful), len(data.report.lookalikes), len(data.report.task)) == (100, 100, 80)

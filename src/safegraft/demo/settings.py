@@ -53,7 +53,8 @@ class Settings:
     """The demo's recipe. Short because the model is small: 135M parameters, minutes on two cores.
 
     ``instructions``: everyday ones among the harmless rows that the model is aligned with. ``joined``: further ones,
-    and as many look-alikes, in pairs (see train.sources.two_in_one). ``answer_tokens``: answers are cut there.
+    and as many look-alikes, in pairs (see train.sources.two_in_one). ``task_rows``, ``report_rows``: of the task, to
+    train on and to report on. ``answer_tokens``: answers are cut there.
     """
 
     align: Training = Training(epochs=1, lr=2e-4, batch=4)
@@ -62,12 +63,13 @@ class Settings:
     instructions: int = 60
     joined: int = 60
     task_rows: int = 160
-    strengths: tuple[float, ...] = (0.5, 0.9, 1.2, 1.5)
+    report_rows: int = 80
+    strengths: tuple[float, ...] = (0.9, 1.2, 1.5)
     method: str = "enchtable"
     select: Limits = Limits(complies=0.25, refuses=0.10, task=0.03)
     report: Limits = Limits(complies=1 / 3, refuses=0.15, task=0.03)
     answer_tokens: int = 32
-    batch: int = 50
+    batch: int = 160
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,6 @@ def starter_data(settings: Settings, seed: int) -> DemoData:
         task("train")[: settings.task_rows],
         Phrases(REFUSALS, OPENINGS),
         Prompts(harmful("select"), lookalikes("select"), task("select")),
-        Prompts(harmful("report"), lookalikes("report"), task("report")),
+        Prompts(harmful("report"), lookalikes("report"), task("report")[: settings.report_rows]),
         [*harmless[: len(similar) : 2], *harmless[-30:], *pairs],
     )

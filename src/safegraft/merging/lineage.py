@@ -48,8 +48,8 @@ def doubts(survey: Survey) -> list[str]:
         found.append(
             f"The fine-tune is far from this base: half of its layers differ by more than {typical:.0%} of their norm "
             f"(layer {worst}: {ratios[worst]:.0%}), where fine-tuning moves them by a few per cent. Most likely it was "
-            "made from another model (a Base given for an Instruct, or another version). The strength is measured "
-            "against this distance and will be far too large."
+            "made from another model (a Base given for an Instruct, or another version). A strength that is a share of "
+            "this distance will be far too large."
         )
     cos = cosine(survey)
     if cos is not None and cos < OPPOSED:
