@@ -20,8 +20,10 @@ SHARES = np.linspace(0.02, 0.5, 25)
 PAIRS = [
     ("somf-continuous", "plain"), ("somf-binary", "plain"), ("somf-continuous", "shuffled-continuous"),
     ("somf-binary", "shuffled-binary"), ("dare", "plain"), ("somf-continuous", "interference"),
-    ("somf-binary", "interference"), ("somf-binary", "resta"),
+    ("somf-binary", "interference"), ("somf-continuous", "resta"), ("somf-binary", "resta"),
 ]  # fmt: skip
+FUSIONS = ("plain", "somf-continuous", "somf-binary", "shuffled-continuous", "shuffled-binary", "dare")
+"""Whose strength is λ, of which less is safer."""
 Cell = dict[str, Any]
 
 
@@ -93,7 +95,7 @@ def table(found: dict[str, list[Cell]]) -> list[str]:
         "|---|---|---|---|" + "---|" * len(tasks),
     ]
     for variant, cells in found.items():
-        for cell in cells:
+        for cell in sorted(cells, key=lambda cell: -cell["strength"] if variant in FUSIONS else cell["strength"]):
             shares = [rate(bool(x) for x in bits) for bits in (1 - cell["harmful"], cell["harmless"])]
             told = [f"{s.value:.0%} ({s.low:.0%}–{s.high:.0%})" for s in shares]
             own = [
