@@ -78,6 +78,8 @@ class MergeConfig(Settings):
             raise ValueError("ray: an adapter is put together in one process; leave out ray or as_adapter")
         if self.ray and self.device != "cpu":
             raise ValueError(f"ray: tasks compute on processors, not on {self.device!r}; leave out ray or device")
+        if self.as_adapter and self.device != "cpu":
+            raise ValueError(f"device: an adapter is put together on processors, not on {self.device!r}; leave it out")
         if self.as_adapter and self.resume:
             raise ValueError("resume: an adapter is written at the end and in one go; start again without it")
         return self

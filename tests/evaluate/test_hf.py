@@ -1,9 +1,10 @@
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3Config
+from transformers import Gemma3Config, Gemma3nTextConfig, GPT2Config, MambaConfig
 from transformers.cache_utils import DynamicLayer
 
 import chat_models
@@ -135,6 +136,19 @@ def test_a_batch_is_as_large_as_memory_lets_it(loaded, monkeypatch):
     seen.clear()
     HfChatModel(model, tokenizer).replies(chats, Sampling(6))
     assert max(made for made, _ in seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [(GPT2Config(n_embd=32, n_layer=3, n_head=4), 2 * 3 * 32 + 4 * (32 + 128)),
+     (MambaConfig(hidden_size=16, num_hidden_layers=2, intermediate_size=64), 2 * 2 * 16 + 4 * (16 + 64)),
+     (Gemma3nTextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                  intermediate_size=[50, 70]), 2 * 2 * 2 * 6 + 4 * (32 + 70))],
+    ids=["all heads keep", "no heads", "by layer"],
+)  # fmt: skip
+def test_what_a_token_takes(config, wanted):
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16)
+    assert hf._bytes_per_token(model) == 2 * wanted
 
 
 def test_a_model_that_forgets_is_asked_once(loaded, monkeypatch):

@@ -134,6 +134,9 @@ def test_what_an_adapter_cannot_carry_is_refused(parts, trio, tiny, tmp_path):
         merge(task, root / "dense", tmp_path / "out", base=base, rank=4)
     with pytest.raises(ConfigError, match="change nothing"):
         merge(task, root / "dense", tmp_path / "out", base=base, as_adapter=True, rank=4, strength=0)
+    for more, said in (({"device": "cuda"}, "on processors"), ({"resume": True}, "in one go")):
+        with pytest.raises(ConfigError, match=said):
+            merge(task, root / "dense", tmp_path / "out", base=base, as_adapter=True, rank=4, **more)
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):

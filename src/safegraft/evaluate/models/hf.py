@@ -71,10 +71,15 @@ def _attends_to_all(config: Any) -> bool:
 def _bytes_per_token(model: Any) -> int:
     """What a token of a conversation takes in memory: keys and values in every layer, and the widest activations."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
-    passing = 4 * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
+
+    def largest(name: str, otherwise: int) -> int:
+        value = getattr(config, name, None) or otherwise  # some families have a list, by layer
+        return max(value) if isinstance(value, list | tuple) else int(value)
+
+    hidden = largest("hidden_size", 1)
+    heads = largest("num_attention_heads", 1)  # models without attention have none
+    kept = 2 * config.num_hidden_layers * largest("num_key_value_heads", heads) * largest("head_dim", hidden // heads)
+    passing = 4 * (hidden + largest("intermediate_size", 4 * hidden))
     return int((kept + passing) * model.dtype.itemsize)
 
 
