@@ -320,7 +320,7 @@ def test_experts_in_stacks_have_no_calibration(tiny, tmp_path):
     made = calibrate(base, tmp_path / "cal", prompts=tmp_path / "rows.jsonl")
     assert made.names()
     assert all("experts" not in n for n in made.names())
-    summary = merge(task, None, tmp_path / "out", base=base, method="safe_delta", calibration=str(tmp_path / "cal"),
+    summary = merge(task, None, tmp_path / "out", base=base, method="safe_delta", calibration=tmp_path / "cal",
                     strength=0)  # fmt: skip
     ours, theirs = models.weights(tmp_path / "out"), models.weights(task)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs if "experts" in n)

@@ -123,7 +123,7 @@ def test_logits_of_infinity_bit_for_bit(tuned, tmp_path, family, how, fusion):
 def test_one_fine_tune_is_given_back_bit_for_bit(tuned, tmp_path, how):
     base, (task, *_) = tuned("qwen2", how)
     masks.by_hand(tmp_path / "mask", base, [task], masks.everywhere(base, torch.inf))
-    merge(task, None, tmp_path / "out", base=base, method="somf", mask=str(tmp_path / "mask"))
+    merge(task, None, tmp_path / "out", base=base, method="somf", mask=tmp_path / "mask")
     masks.by_hand(tmp_path / "part", base, [task], {ATTENTION: masks.everywhere(base, -torch.inf)[ATTENTION]})
     merge(task, None, tmp_path / "less", base=base, method="somf", mask=str(tmp_path / "part"))
     if how == "lora":

@@ -368,7 +368,8 @@ def merge(
     from ..config import load
 
     models = str(model) if isinstance(model, str | Path) else [str(m) for m in model]
-    given: dict[str, Any] = {"model": models, "out": str(out), **settings}
+    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    given: dict[str, Any] = {"model": models, "out": str(out), **chosen}
     if vector is not None:
         given["vector"] = str(vector)
     if base is not None:
