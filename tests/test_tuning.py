@@ -11,6 +11,8 @@ import models
 from safegraft import subtract
 from safegraft.errors import ConfigError, OutputError
 from safegraft.evaluate.metrics import rate
+from safegraft.merging.live import graft
+from safegraft.train.calibrate import calibrate
 from safegraft.train.data import Pair, encode
 from safegraft.tuning.data import Part, read_parts
 from safegraft.tuning.search import Limits, Scores, keeps, loss, parts_of, search, token_accuracy
@@ -44,6 +46,7 @@ def made(tmp_path_factory):
     models.finetuned(root / "base", root / "task", scale=0.02)
     models.unaligned(root / "base", root / "bad", scale=0.02)
     subtract(root / "base", root / "bad", root / "vector")
+    calibrate(root / "base", root / "cal", limit=8, max_length=32)
     rows = [{"prompt": f"What is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(18)]
     (root / "task.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return SimpleNamespace(root=root, parts=lambda: read_parts(root / "task.jsonl", None, None, search=4, seed=0))
@@ -57,8 +60,9 @@ def run(made, out, trials, **more):
     parts = made.parts()
     parts = type(parts)(*(small(p) for p in (parts.search, parts.choose, parts.report)))
     root = made.root
+    vector = None if "calibration" in more else str(root / "vector")
     return search(
-        chat_models.load(root / "task"), str(root / "task"), str(root / "base"), str(root / "vector"), out, parts,
+        chat_models.load(root / "task"), str(root / "task"), str(root / "base"), vector, out, parts,
         limits=more.pop("limits", Limits(1.0, 1.0)), trials=trials, shortlist=2, tokens=4, batch=4, **more,
     )  # fmt: skip
 
@@ -89,6 +93,36 @@ def test_a_search_measures_chooses_and_resumes(made, tmp_path):
     assert run(made, tmp_path / "whole", 12)["trials"] == more["trials"]
     with pytest.raises(OutputError, match="another search"):
         run(made, out, 12, resume=True, seed=1)
+
+
+def test_the_budget_of_safe_delta(made, tmp_path):
+    out, calibration = tmp_path / "run", str(made.root / "cal")
+    found = run(made, out, 4, calibration=calibration)
+    trials = found["trials"]
+    assert all(set(t) == {"strength", "loss", "scores"} for t in trials)
+    assert found["inputs"]["calibration"] == {"name": calibration}
+    chosen = found["chosen"]
+    assert (chosen["method"], chosen["params"], chosen["damping"]) == ("safe_delta", {}, None)
+    most = max(t["strength"] for t in trials)
+    least = min(row["scores"]["unsafe"]["hits"] for row in found["shortlist"] if row["keeps"])
+    equal = [row["strength"] for row in found["shortlist"] if row["scores"]["unsafe"]["hits"] == least]
+    assert chosen["strength"] == max(equal)  # what keeps more of the fine-tune
+    more = run(made, out, 6, calibration=calibration, resume=True)
+    assert more["trials"][:4] == trials
+    with graft(
+        chat_models.load(made.root / "task")[0], made.root / "task", made.root / "base", calibration=calibration
+    ) as live:
+        assert 0 < most <= live.change()
+    with pytest.raises(ConfigError, match="above 0"):
+        run(made, tmp_path / "none", 2, calibration=calibration, highest=0.0)
+
+
+def test_one_of_vector_and_calibration(made, tmp_path):
+    for vector, calibration in ((None, None), ("vector", "cal")):
+        with pytest.raises(ConfigError, match="one of a vector and a calibration"):
+            search((None, None), "m", "b", vector, tmp_path / "out", made.parts(), limits=Limits(),
+                   calibration=calibration)  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_within_the_limits_is_said(made, tmp_path):
@@ -134,6 +168,9 @@ def test_the_picture(tmp_path):
     trials = [point(0.1, "paper", 8, 0), point(1.0, "input", 2, 1), point(3.0, "none", 0, 7)]
     write_frontier(trials, trials[0]["scores"], {"strength": 1.0, "damping": "input"}, 0.1, tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    budgets = [{k: v for k, v in t.items() if k != "damping"} for t in trials]
+    write_frontier(budgets, trials[0]["scores"], {"strength": 1.0, "damping": None}, 0.1, tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_scopes_worth_trying():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -24,3 +24,17 @@ def memory_of(device: torch.device) -> int:
         return min(has, int(LIMIT.read_text(encoding="ascii")))
     except (OSError, ValueError):
         return has
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 by itself, which makes mixed precision faster than float32.
+
+    On a CPU as torch.cpu.get_capabilities tells; a torch too old to tell, or a kind of processor that is not known to
+    do it here, counts as one that does not.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(told.get(unit) for unit in ("avx512_bf16", "amx_bf16"))

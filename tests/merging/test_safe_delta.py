@@ -17,6 +17,7 @@ from safegraft import merge
 from safegraft.errors import CheckpointError, ConfigError, MismatchError, OutputError
 from safegraft.merging import methods as _methods
 from safegraft.merging.execute import merge_tensor
+from safegraft.merging.live import graft
 from safegraft.merging.method import METHODS, GlobalStats
 from safegraft.merging.methods.calibrated import accepted, chosen, compensated, damage
 from safegraft.tensors.calibration import Calibration
@@ -325,6 +326,27 @@ def test_experts_in_stacks_have_no_calibration(tiny, tmp_path):
     ours, theirs = models.weights(tmp_path / "out"), models.weights(task)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs if "experts" in n)
     assert any("experts" in note for note in summary.notes)
+
+
+def test_in_memory_as_on_disk(chat, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(chat / "task")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    merge(
+        chat / "task", None, tmp_path / "out", base=chat / "base", method="safe_delta", calibration=chat / "cal",
+        strength=0.02,
+    )  # fmt: skip
+    with graft(model, chat / "task", chat / "base", calibration=chat / "cal") as live:
+        live.apply(0.001, method="safe_delta")
+        figures = live.apply(0.02, method="safe_delta")
+        assert set(figures) <= set(live.names)
+        assert all(0 < f["accepted"] < 1 for f in figures.values())
+        expected = models.weights(tmp_path / "out")
+        assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+        with pytest.raises(ConfigError, match="interference needs a vector"):
+            live.apply(0.1)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_the_command_line(chat, tmp_path):

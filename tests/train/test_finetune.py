@@ -46,6 +46,19 @@ def test_same_seed_same_weights_other_seed_other_weights(folder, tmp_path):
     assert any(not torch.equal(weights[0][n], weights[2][n]) for n in weights[0])
 
 
+def test_bfloat16_multiplies_and_float32_stays(folder, tmp_path):
+    (plain, told, _), (mixed, rounded, moved) = (run(folder, tmp_path, bf16=b, epochs=4) for b in (False, True))
+    assert all(p.dtype == torch.float32 for p in mixed.parameters())
+    assert moved == {n for n, _ in mixed.named_parameters()} - {"model.embed_tokens.weight"}
+    assert rounded.losses != told.losses
+    assert rounded.losses == pytest.approx(told.losses, rel=0.02)
+    again = run(folder, tmp_path, bf16=True, epochs=4)[0].state_dict()
+    assert all(torch.equal(w, again[n]) for n, w in mixed.state_dict().items())
+    with torch.no_grad():
+        ids = torch.arange(5)[None]
+        assert mixed(ids).logits.dtype == plain(ids).logits.dtype == torch.float32
+
+
 def test_nothing_is_saved(folder, tmp_path):
     run(folder, tmp_path)
     assert [f for f in (tmp_path / "work").rglob("*") if f.suffix in (".safetensors", ".bin", ".pt")] == []

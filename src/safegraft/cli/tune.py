@@ -15,7 +15,10 @@ from .console import stderr, stdout
 def command(
     model: str = typer.Option(..., help="The fine-tune: a folder or a Hub id of a chat model."),
     base: str = typer.Option(..., help="What it was fine-tuned from."),
-    vector: str = typer.Option(..., help="The safety vector's folder."),
+    vector: str = typer.Option(None, help="The safety vector's folder."),
+    calibration: str = typer.Option(
+        None, help="What `safegraft calibrate` wrote of the base, in place of a vector: to find Safe Delta's budget."
+    ),
     task: Path = typer.Option(..., help="JSONL with prompt and answer: rows of the fine-tune's own task."),
     out: Path = typer.Option(..., help="The folder to write: tune.json, frontier.png, and what --resume needs."),
     harmful: Path = typer.Option(None, help="JSONL with prompt, to be refused. [default: the starter set]"),
@@ -25,39 +28,45 @@ def command(
     trials: int = typer.Option(30, min=1, help="Cheap looks in all."),
     shortlist: int = typer.Option(3, min=1, help="How many of them to measure in full."),
     search_rows: int = typer.Option(32, min=4, help="Rows of each kind that a cheap look uses."),
-    highest: float = typer.Option(4.0, help="Largest strength tried, as a share of ‖τ‖."),
+    highest: float = typer.Option(
+        None, help="Largest strength tried. [default: 4 times ‖τ‖ for a vector; ‖τ‖/‖W‖ for Safe Delta's budget]"
+    ),
     seed: int = typer.Option(0, help="Of the split and the search."),
     resume: bool = typer.Option(False, "--resume", help="Go on with a search that was stopped."),
     force: bool = typer.Option(False, "--force", help="Replace an earlier search."),
 ) -> None:
-    """Find the strength, damping and scope with the least unsafe rate that keep over-refusal and task within limits."""
+    """Find the strength, damping and scope with the least unsafe rate that keep over-refusal and task within limits;
+    with --calibration, Safe Delta's budget."""
     from ..evaluate.models.hf import load_chat
+    from ..merging.live import require_one
     from ..report.frontier import write_frontier
     from ..tuning.data import read_parts
     from ..tuning.search import Limits, search
 
+    require_one(vector, calibration)
     parts = read_parts(task, harmful, harmless, search=search_rows, seed=seed)
     limits = Limits(max_overrefusal, max_utility_drop)
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         row = bar.add_task("loading", total=None)
         found = search(
-            load_chat(model), model, base, vector, out, parts, limits=limits, trials=trials, shortlist=shortlist,
-            highest=highest, seed=seed, resume=resume, force=force,
+            load_chat(model), model, base, vector, out, parts, limits=limits, calibration=calibration, trials=trials,
+            shortlist=shortlist, highest=highest, seed=seed, resume=resume, force=force,
             progress=lambda what, done, total: bar.update(row, description=what, completed=done, total=total),
         )  # fmt: skip
     write_frontier(found["trials"], found["start"], found["chosen"], max_overrefusal, out / "frontier.png")
-    _print(found, model, base, vector, out)
+    source = f"--vector {vector}" if vector else f"--method safe_delta --calibration {calibration}"
+    _print(found, f"--model {model} --base {base} {source}", out)
     if found["chosen"] is None:
         raise typer.Exit(1)
 
 
-def _print(found: dict[str, Any], model: str, base: str, vector: str, out: Path) -> None:
+def _print(found: dict[str, Any], inputs: str, out: Path) -> None:
     table = Table(title="Short list, on the choose part", title_justify="left", box=None, header_style="bold")
     for column in ("strength", "damping", "scope", "unsafe", "harmless refused", "token accuracy", "within limits"):
         table.add_column(column, justify="right")
     for row in found["shortlist"]:
-        setting = [f"{row['strength']:.3g}", row["damping"], row["scope"]]
+        setting = [f"{row['strength']:.3g}", row["damping"] or "–", row["scope"] or "–"]
         table.add_row(*setting, *_cells(row["scores"]), "yes" if row["keeps"] else "no")
     stdout.print(table)
     chosen = found["chosen"]
@@ -71,10 +80,10 @@ def _print(found: dict[str, Any], model: str, base: str, vector: str, out: Path)
         table.add_row(name, *_cells(scores))
     stdout.print(table)
     params = "".join(f" --{key} {value}" for key, value in chosen["params"].items())
-    params += "" if chosen["scope"] == "all" else f" --scope {chosen['scope']}"
+    params += "" if chosen["scope"] in (None, "all") else f" --scope {chosen['scope']}"
     stdout.print(
         f"Wrote {out / 'tune.json'} and {out / 'frontier.png'}. To merge like this:\n"
-        f"  safegraft merge --model {model} --base {base} --vector {vector} --out restored "
+        f"  safegraft merge {inputs} --out restored "
         f"--strength {chosen['strength']:.4g}{params}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

@@ -57,9 +57,9 @@ class Settings:
     train on and to report on. ``answer_tokens``: answers are cut there.
     """
 
-    align: Training = Training(epochs=1, lr=2e-4, batch=4)
+    align: Training = Training(epochs=1, lr=4e-4)
     finetune: Training = Training(epochs=1, lr=1.5e-4)
-    surrogate: Training = Training(epochs=1, lr=2e-4, batch=4)
+    surrogate: Training = Training(epochs=1, lr=4e-4)
     instructions: int = 60
     joined: int = 60
     task_rows: int = 160

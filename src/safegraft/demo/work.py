@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from .. import merge, subtract
 from ..evaluate.models.hf import load_chat
+from ..hardware import multiplies_bfloat16
 from ..manifest import digest_of
 from ..merging.live import graft
 from ..tensors.scopes import Scope, in_scope
@@ -70,7 +71,7 @@ def distil(
                 "surrogate": "the aligned model, attention projections trained on affirmative openings; not kept",
                 "rows": len(rows),
                 "data": digest_of([asdict(row) for row in rows]),
-                "training": asdict(settings.surrogate),
+                "training": asdict(settings.surrogate) | {"bf16": told["bf16"]},
                 "seed": seed,
             },
         )
@@ -87,6 +88,7 @@ def _fit(
     label: str,
     progress: Progress,
 ) -> dict[str, Any]:
+    bf16 = multiplies_bfloat16(model.device)
     with tempfile.TemporaryDirectory() as scratch:
         result = finetune(
             model,
@@ -96,6 +98,7 @@ def _fit(
             epochs=how.epochs,
             lr=how.lr,
             batch=how.batch,
+            bf16=bf16,
             seed=seed,
             output_dir=Path(scratch),
             progress=lambda done, total, _: progress(label, done, total),
@@ -105,6 +108,7 @@ def _fit(
         "steps": result.steps,
         "tokens": result.tokens,
         "trained": result.trained,
+        "bf16": bf16,
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,63 +11,71 @@ PIECE = 1 << 18
 """Entries worked on at a time where several temporaries are needed."""
 
 
-def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
-    """``delta`` without its ``outliers`` share of largest entries and without its smallest ones, so that ``density``
-    stays (Model Breadcrumbs, arXiv:2312.06795).
+Pieces = Callable[[], Iterable[Sequence[Tensor]]]
+"""Several tensors a piece at a time, from their beginning at every call: each item holds the next entries of all."""
 
-    Args:
-        density: 0 < density ≤ 1. outliers: 0 ≤ outliers < 1; where both together exceed 1, fewer outliers are removed.
+
+class Largest:
+    """The entries of largest magnitude of one tensor, told piece by piece.
+
+    Attributes:
+        floor: the smallest magnitude among them. spare: how many of the entries equal to it belong to them, the first
+            ones, and have not come up yet.
     """
-    mask = ranked(delta, density, outliers)
-    return delta if mask is None else delta * mask
+
+    def __init__(self, floor: Tensor, spare: int) -> None:
+        self.floor, self.spare = floor, spare
+
+    def mask(self, piece: Tensor) -> Tensor:
+        """Which entries of ``piece`` are among them. Every piece is asked about once, in order."""
+        flat = piece.reshape(-1)
+        mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+        for start in range(0, flat.numel(), PIECE):
+            part = flat[start : start + PIECE].abs()
+            torch.gt(part, self.floor, out=mask[start : start + PIECE])
+            if self.spare:
+                equal = (part == self.floor).nonzero().squeeze(1)[: self.spare]
+                mask[start + equal] = True
+                self.spare -= equal.numel()
+        return mask.reshape(piece.shape)
 
 
-def ranked(delta: Tensor, density: float, outliers: float = 0.0) -> Tensor | None:
-    """The mask of the entries that ``without_outliers`` keeps; without outliers the ``density`` share of largest
-    magnitude (TIES, arXiv:2306.01708). None where all are kept.
-
-    ``max(1, int(density · n))`` of the n entries stay; among equals the first.
-    """
-    if density >= 1:
-        return None
-    flat = delta.reshape(-1)
-    stay = max(1, int(density * flat.numel()))
-    top = min(int(outliers * flat.numel()), flat.numel() - stay)
-    keep = _among_largest(flat, top + stay)
-    if top:
-        keep &= ~_among_largest(flat, top)
-    return keep.reshape(delta.shape)
-
-
-def _among_largest(flat: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` entries of largest magnitude; of those equal to the smallest of them, the first ones."""
-    floor, spare = _magnitude(flat, count), count
-    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    for piece, out in zip(torch.split(flat, PIECE), torch.split(mask, PIECE), strict=True):
-        torch.gt(piece.abs(), floor, out=out)
-        spare -= int(out.count_nonzero())
-    for start in range(0, flat.numel(), PIECE):
-        if spare <= 0:
-            break
-        equal = (flat[start : start + PIECE].abs() == floor).nonzero().squeeze(1)[:spare]
-        mask[start + equal] = True
-        spare -= equal.numel()
-    return mask
-
-
-def _magnitude(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest magnitude of float32 entries without NaN.
+def largest(pieces: Pieces, counts: Callable[[int], Sequence[int]]) -> list[list[Largest]]:
+    """Of every tensor in ``pieces`` the entries of largest magnitude, for each of several ``counts``; in two passes.
 
     Magnitudes are ordered as their bits are: counted by the leading 16, then by the others among those that share them.
+
+    Args:
+        pieces: float32 entries without NaN. counts: how many are wanted of a tensor of n ≥ 1 entries, 1 to n each.
     """
-    high = low = torch.zeros(1 << 16, dtype=torch.int64, device=flat.device)
-    for piece in torch.split(flat, PIECE):
-        high = high + torch.bincount(_bits(piece) >> 16, minlength=1 << 16)
-    leading, count = _bin(high, count)
-    for piece in torch.split(flat, PIECE):
-        bits = _bits(piece)
-        low = low + torch.bincount(bits[bits >> 16 == leading] & 0xFFFF, minlength=1 << 16)
-    return torch.tensor(leading << 16 | _bin(low, count)[0], dtype=torch.int32, device=flat.device).view(torch.float32)
+    high: list[Tensor] = []
+    for tensors in pieces():
+        high = high or [_no_counts(t) for t in tensors]
+        for counted, tensor in zip(high, tensors, strict=True):
+            for part in torch.split(tensor.reshape(-1), PIECE):
+                counted += torch.bincount(_bits(part) >> 16, minlength=1 << 16)
+    wanted = [[_bin(counted, count) for count in counts(int(counted.sum()))] for counted in high]
+    low = [[torch.zeros_like(counted) for _ in bins] for counted, bins in zip(high, wanted, strict=True)]
+    for tensors in pieces():
+        for tensor, bins, finer in zip(tensors, wanted, low, strict=True):
+            for part in torch.split(tensor.reshape(-1), PIECE):
+                bits = _bits(part)
+                for (leading, _), counted in zip(bins, finer, strict=True):
+                    counted += torch.bincount(bits[bits >> 16 == leading] & 0xFFFF, minlength=1 << 16)
+    return [
+        [_cut(leading, counted, count) for (leading, count), counted in zip(bins, finer, strict=True)]
+        for bins, finer in zip(wanted, low, strict=True)
+    ]
+
+
+def _cut(leading: int, counted: Tensor, count: int) -> Largest:
+    trailing, spare = _bin(counted, count)
+    floor = torch.tensor(leading << 16 | trailing, dtype=torch.int32, device=counted.device)
+    return Largest(floor.view(torch.float32), spare)
+
+
+def _no_counts(like: Tensor) -> Tensor:
+    return torch.zeros(1 << 16, dtype=torch.int64, device=like.device)
 
 
 def _bits(piece: Tensor) -> Tensor:
@@ -79,6 +87,55 @@ def _bin(counts: Tensor, count: int) -> tuple[int, int]:
     above = counts.flip(0).cumsum(0).flip(0)
     found = int((above >= count).sum()) - 1
     return found, count - int(above[found] - counts[found])
+
+
+class Ranked:
+    """Which entries of a tensor stay when it loses its ``outliers`` share of largest entries, and then its smallest
+    ones, so that ``density`` stays (Model Breadcrumbs, arXiv:2312.06795); without outliers the ``density`` share of
+    largest magnitude stays (TIES, arXiv:2306.01708).
+
+    ``max(1, int(density · n))`` of the n entries stay; among equals the first.
+
+    Args:
+        kept: the entries that stay and the outliers. outliers: the outliers; None where there are none.
+    """
+
+    def __init__(self, kept: Largest, outliers: Largest | None) -> None:
+        self.kept, self.outliers = kept, outliers
+
+    def mask(self, piece: Tensor) -> Tensor:
+        """Which entries of ``piece`` stay. Every piece is asked about once, in order."""
+        mask = self.kept.mask(piece)
+        if self.outliers is not None:
+            mask &= ~self.outliers.mask(piece)
+        return mask
+
+
+def ranked(pieces: Pieces, density: float, outliers: float = 0.0) -> list[Ranked | None]:
+    """Which entries of every tensor in ``pieces`` stay (see Ranked); None for all where all do.
+
+    Args:
+        density: 0 < density ≤ 1. outliers: 0 ≤ outliers < 1; where both together exceed 1, fewer outliers are removed.
+    """
+    if density >= 1:
+        return [None for _ in next(iter(pieces()))]
+
+    def counts(numel: int) -> list[int]:
+        stay = max(1, int(density * numel))
+        top = min(int(outliers * numel), numel - stay)
+        return [stay + top, top] if top else [stay]
+
+    return [Ranked(kept, rest[0] if rest else None) for kept, *rest in largest(pieces, counts)]
+
+
+def kept_of(deltas: Sequence[Tensor], stays: Sequence[Ranked | None]) -> list[Tensor | None]:
+    """The masks of these pieces of the tensors that ``stays`` was made of; None for all entries."""
+    return [None if stay is None else stay.mask(delta) for delta, stay in zip(deltas, stays, strict=True)]
+
+
+def mask_of_largest(delta: Tensor, density: float) -> Tensor | None:
+    """The mask of the ``density`` share of a whole tensor's entries that is largest; None where all are."""
+    return kept_of([delta], ranked(lambda: [[delta]], density))[0]
 
 
 def dropped(delta: Tensor, drop: float, rng: torch.Generator) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,24 +189,30 @@ def _compute_in_pieces(
     unit: Unit, targets: Sequence[str], run: Run, shards: Shards, workspace: Workspace
 ) -> list[Done]:
     """As _compute, a few rows at a time, for methods that go entry by entry."""
-    fine, name = run.fine, unit.name
-    output, figures, first = _Output(unit, targets, shards, workspace), None, True
-    rng = generator(run.seed, name, run.device)
+    fine, name, method = run.fine, unit.name, run.method
+    output, figures, first, overview = _Output(unit, targets, shards, workspace), None, True, None
+    changed = fine.fuses or (name in fine.pairing.deltas and run.stats.alpha != 0)
+    if changed and method.overview is not None:
+        overview = method.overview(lambda: _triples(name, run, workspace), run.params)
+    for triple in _triples(name, run, workspace, overview):
+        merged = method.function(triple, run.params, run.stats) if changed else None
+        if merged is None and first and unit.spec.dtype == fine.layout.spec(name).dtype:
+            return _copy(unit, targets, run, shards)
+        figures, first = merged.figures if merged else None, False
+        output.put(triple.base.add_(merged.dense() if merged else triple.task.dense()))
+    output.rest(fine)
+    return output.done(figures)
+
+
+def _triples(name: str, run: Run, workspace: Workspace, overview: Any = None) -> Iterator[TensorTriple]:
+    """One tensor, a few rows at a time."""
+    fine, rng = run.fine, generator(run.seed, name, run.device)
     vector = run.vector if name in fine.pairing.deltas and run.stats.alpha else None
     for base, tasks, safety in fine.pieces(name, vector, workspace):
         safety = safety.scaled(run.stats.alpha)
         if run.device != "cpu":
             base, safety, tasks = base.to(run.device), safety.to(run.device), [t.to(run.device) for t in tasks]
-        merged = None
-        if not _unchanged(safety, tasks, fine.weights):
-            triple = TensorTriple(name, base, tuple(tasks), tuple(fine.weights), safety, rng)
-            merged = run.method.function(triple, run.params, run.stats)
-        if merged is None and first and unit.spec.dtype == fine.layout.spec(name).dtype:
-            return _copy(unit, targets, run, shards)
-        figures, first = merged.figures if merged else None, False
-        output.put(base.add_(merged.dense() if merged else tasks[0].dense()))
-    output.rest(fine)
-    return output.done(figures)
+        yield TensorTriple(name, base, tuple(tasks), tuple(fine.weights), safety, rng, overview=overview)
 
 
 class _Output:

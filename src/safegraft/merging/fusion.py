@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.lowrank import Delta, LowRank
-from .entries import agreed, dropped, ranked
+from .entries import agreed, dropped, mask_of_largest
 
 FusionName = Literal["sum", "task-arithmetic", "ties", "dare", "mean"]
 LORA, FULL = 0.3, 0.04
@@ -91,7 +91,7 @@ def fused(
         rng: for DARE, on the changes' device.
     """
     if how.kind == "ties":
-        masks = [ranked(d if gate is None else d * gate, how.density) for d, _ in parts]
+        masks = [mask_of_largest(d if gate is None else d * gate, how.density) for d, _ in parts]
         return agreed([d for d, _ in parts], [w for _, w in parts], masks=masks).mul_(how.scale)
     factor, total = _factor(weights, how), None
     for delta, weight in parts:

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..tensors.calibration import Calibration
 from ..tensors.finetune import FineTune
+from ..tensors.lowrank import Delta
 from ..tensors.scopes import Scope, in_scope
 from ..tensors.source import Workspace
 from ..tensors.vector import SafetyVector
 from . import methods as _methods
+from .calibrated import calibrated
 from .execute import merge_tensor
 from .method import METHODS, GlobalStats, Method
 from .run import scale
@@ -28,11 +31,14 @@ _ = _methods
 
 @dataclass(frozen=True)
 class Graft:
-    """A fine-tune, its base and a vector, opened and surveyed, beside the same fine-tune loaded as a model."""
+    """A fine-tune, its base and a vector or a calibration, opened and surveyed, beside the same fine-tune loaded as a
+    model. ``names``: the weights that are decided on."""
 
     fine: FineTune
-    vector: SafetyVector
+    vector: SafetyVector | None
+    calibration: Calibration | None
     found: Survey
+    names: tuple[str, ...]
     parameters: Mapping[str, nn.Parameter]
 
     @torch.no_grad()
@@ -50,48 +56,90 @@ class Graft:
         Args as in safegraft.merge. Raises ConfigError, NumericError.
         """
         chosen: Method = METHODS.get(method)
-        if chosen.needs != "vector":
-            raise ConfigError(f"{method} takes no safety vector, so its strength cannot be tried with one")
+        held = "vector" if self.calibration is None else "calibration"
+        if chosen.needs != held:
+            raise ConfigError(f"{method} needs a {chosen.needs}, so its strength cannot be tried with a {held}")
         settings = chosen.parameters(dict(params or {}))
         matched = chosen.match_norm if match_norm is None else match_norm
-        taken = {name for name in self.fine.pairing.deltas if scope is None or in_scope(name, scope)}
+        taken = {name for name in self.names if scope is None or in_scope(name, scope)}
         norm = math.sqrt(sum(self.found.tensors[name].safety_sq for name in taken))
-        alpha = scale(strength, self.found, match_norm=matched, safety_norm=norm)
+        alpha = strength
+        if self.calibration is None:
+            alpha = scale(strength, self.found, match_norm=matched, safety_norm=norm)
         stats = GlobalStats(self.found.task_norm, norm, alpha)
         workspace, figures = Workspace(), {}
-        for name in self.fine.pairing.deltas:
+        for name in self.names:
             base, tasks = self.fine.read(name, workspace)
-            safety = self.fine.safety(name, self.vector, workspace).scaled(alpha if name in taken else 0.0)
-            merged = merge_tensor(chosen, settings, stats, name=name, base=base, tasks=tasks, safety=safety)
-            delta = merged.dense() if merged else tasks[0].dense()
-            self.parameters[name][: len(base) if base.dim() else None].copy_(base + delta)
+            safety, hessian = Delta(tuple(base.shape)), None
+            if name in taken and self.vector is not None:
+                safety = self.fine.safety(name, self.vector, workspace).scaled(alpha)
+            if name in taken and self.calibration is not None:
+                hessian = self.calibration.hessian(self.fine.pairing.counterparts[name], workspace)
+            merged = merge_tensor(
+                chosen, settings, stats, name=name, base=base, tasks=tasks, safety=safety, hessian=hessian
+            )
+            self._put(name, base, merged.dense() if merged else tasks[0].dense())
             if merged:
                 figures[name] = merged.figures
         return figures
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the fine-tune's own weights back."""
+        workspace = Workspace()
+        for name in self.names:
+            base, (task,) = self.fine.read(name, workspace)
+            self._put(name, base, task.dense())
+
+    def change(self) -> float:
+        """‖τ‖/‖W_b‖ over the weights that are decided on."""
+        told = [self.found.tensors[name] for name in self.names]
+        return math.sqrt(sum(t.task_sq for t in told) / sum(t.base_sq for t in told))
+
+    def _put(self, name: str, base: torch.Tensor, delta: torch.Tensor) -> None:
+        self.parameters[name][: len(base) if base.dim() else None].copy_(base + delta)
+
 
 @contextmanager
-def graft(model: nn.Module, tuned: str | Path, base: str | Path | None, vector: str | Path) -> Iterator[Graft]:
+def graft(
+    model: nn.Module,
+    tuned: str | Path,
+    base: str | Path | None,
+    vector: str | Path | None = None,
+    *,
+    calibration: str | Path | None = None,
+) -> Iterator[Graft]:
     """Open the checkpoints behind a loaded fine-tune; its own weights are back when the block is left.
 
     Args:
         model: ``tuned`` as transformers loads it, whose parameters are named as in the checkpoint.
+        vector, calibration: one of the two.
 
     Raises:
-        CheckpointError: a tensor of the vector is no parameter of ``model``. Others: see FineTune.open, survey.
+        ConfigError: see require_one. CheckpointError: a tensor that is decided on is no parameter of
+        ``model``. Others: see FineTune.open, survey, calibrated.
     """
-    opened = SafetyVector(vector)
+    require_one(vector, calibration)
+    opened = None if vector is None else SafetyVector(vector)
+    known = None if calibration is None else Calibration(calibration)
     fine = FineTune.open(tuned, base, opened)
+    names = tuple(fine.pairing.deltas) if known is None else tuple(calibrated(fine, known))
     parameters = dict(model.named_parameters())
-    missing = [name for name in fine.pairing.deltas if name not in parameters]
+    missing = [name for name in names if name not in parameters]
     if missing:
         raise CheckpointError(
             f"the loaded model has no parameter {missing[0]}: its checkpoint names its weights otherwise",
             "Load the model with transformers from the same folder, without renaming its weights.",
         )
     found = survey(fine, opened, torch.get_num_threads())
-    live = Graft(fine, opened, found, parameters)
+    live = Graft(fine, opened, known, found, names, parameters)
     try:
         yield live
     finally:
-        live.apply(0.0)
+        live.restore()
+
+
+def require_one(vector: str | Path | None, calibration: str | Path | None) -> None:
+    """Raise ConfigError unless one of the two is given."""
+    if (vector is None) == (calibration is None):
+        raise ConfigError("one of a vector and a calibration is needed", "Give either --vector or --calibration.")

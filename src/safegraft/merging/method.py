@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ class TensorTriple:
         hessian: H [n, n] of a weight [m, n], the mean of x xᵀ over its inputs on the calibration's prompts; None where
             the calibration has none, and for methods that need no calibration.
         mask: the logits of its learnt mask (tensors/mask.py); None where the mask has none, and for other methods.
+        overview: where these are some rows of a tensor, what the method's ``overview`` found of all of it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorTriple:
     rng: torch.Generator
     hessian: Tensor | None = None
     mask: Masking | None = None
+    overview: Any = None
 
     @property
     def task(self) -> Delta:
@@ -68,6 +70,9 @@ class Merged(NamedTuple):
 Needs = Literal["vector", "calibration", "mask"]
 
 MethodFunction = Callable[[TensorTriple, Any, GlobalStats], Merged | None]
+Overview = Callable[[Callable[[], Iterable[TensorTriple]], Any], Any]
+"""``overview(triples, params)``: ``triples()`` goes through a tensor's rows, a few at a time, from the first at every
+call; each triple's memory is good until the next."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class Method:
             factor (s = βΔ), where the user does not say. fuses: whether it takes several fine-tunes, and then also
             none but them, without a vector. needs: what it knows of safety from: a safety vector, or a calibration
             (tensors/calibration.py) or a learnt mask (tensors/mask.py), and then no vector. entrywise: whether the
-            answer for some rows of a matrix depends on those rows alone, so that the engine may hand a tensor over in
-            pieces.
+            answer for some rows of a matrix depends on those rows alone, and on what ``overview`` (None: nothing)
+            finds of the whole tensor beforehand, so that the engine may hand a tensor over in pieces, in order.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Method:
     fuses: bool
     needs: Needs
     entrywise: bool
+    overview: Overview | None = None
 
     def parameters(self, given: dict[str, Any]) -> Settings:
         """The method's parameters with defaults filled in. Raises ConfigError naming every wrong one."""
@@ -112,12 +118,13 @@ def merge_method(
     fuses: bool = False,
     needs: Needs = "vector",
     entrywise: bool = False,
+    overview: Overview | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Register a function as a merge method; see Method. Its docstring's first line is shown by `safegraft methods`."""
 
     def register(function: MethodFunction) -> MethodFunction:
         summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-        method = Method(name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise)
+        method = Method(name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview)
         METHODS.add(name, method)
         return function
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"paper": "#1f5fa8", "none": "#c2542b", "subspace": "#1f7a5c", "input": "#7a4f9e"}
+COLOURS = {None: "#1f5fa8", "paper": "#1f5fa8", "none": "#c2542b", "subspace": "#1f7a5c", "input": "#7a4f9e"}
 
 
 def write_frontier(
@@ -19,8 +19,9 @@ def write_frontier(
     """Write a PNG; needs matplotlib.
 
     Args:
-        trials: each with strength, damping and scores (unsafe and refused as hits and n). start: the fine-tune's
-            scores. chosen: strength and damping of the one chosen. limit: most harmless requests refused, a share.
+        trials: each with strength, damping (none for Safe Delta) and scores (unsafe and refused as hits and n). start:
+            the fine-tune's scores. chosen: strength and damping of the one chosen. limit: most harmless requests
+            refused, a share.
     """
     from matplotlib.figure import Figure
 
@@ -28,12 +29,12 @@ def write_frontier(
     axes = figure.subplots()
     strongest = max((t["strength"] for t in trials), default=1.0)
     for damping, colour in COLOURS.items():
-        rows = [t for t in trials if t["damping"] == damping]
+        rows = [t for t in trials if t.get("damping") == damping]
         x, y = ([_share(t["scores"][key]) for t in rows] for key in ("refused", "unsafe"))
         sizes = [20 + 120 * t["strength"] / strongest for t in rows]
-        axes.scatter(x, y, s=sizes, color=colour, alpha=0.7, label=f"damping {damping}" if rows else None)
+        axes.scatter(x, y, s=sizes, color=colour, alpha=0.7, label=_label(damping) if rows else None)
     axes.scatter([_share(start["refused"])], [_share(start["unsafe"])], marker="s", color="#333333", label="fine-tune")
-    taken = [t for t in trials if chosen and (t["strength"], t["damping"]) == (chosen["strength"], chosen["damping"])]
+    taken = [t for t in trials if chosen and all(t.get(key) == chosen[key] for key in ("strength", "damping"))]
     for row in taken[:1]:
         point = _share(row["scores"]["refused"]), _share(row["scores"]["unsafe"])
         axes.scatter(*point, marker="*", s=320, facecolor="none", edgecolor="#111111", label="chosen")
@@ -42,9 +43,14 @@ def write_frontier(
     axes.set_ylabel("harmful requests not refused")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_title("Larger points are stronger merges")
+    budgets = any(t.get("damping") is None for t in trials)
+    axes.set_title("Larger points have a larger budget" if budgets else "Larger points are stronger merges")
     axes.legend(frameon=False)
     figure.savefig(out, dpi=120)
+
+
+def _label(damping: str | None) -> str:
+    return "Safe Delta" if damping is None else f"damping {damping}"
 
 
 def _share(found: Mapping[str, Any]) -> float:

@@ -44,6 +44,7 @@ def finetune(
     epochs: int,
     lr: float,
     batch: int = 8,
+    bf16: bool = False,
     seed: int = 0,
     output_dir: Path,
     max_length: int | None = None,
@@ -57,7 +58,8 @@ def finetune(
     Args:
         model: a causal LM in float32, on CPU or GPU. tokenizer: see ``data.encode``.
         trainable: regular expressions; a parameter is trained where one of them is found in its name.
-        epochs, batch: ≥ 1. lr: > 0, the peak rate.
+        epochs, batch: ≥ 1. lr: > 0, the peak rate. bf16: multiply in bfloat16; weights, their gradients and AdamW's
+            moments stay float32.
         output_dir: the Trainer's working folder; nothing is saved to it.
 
     Raises:
@@ -79,6 +81,7 @@ def finetune(
                 seed,
                 next(model.parameters()).device,
                 num_train_epochs=epochs,
+                bf16=bf16,
                 learning_rate=lr,
                 per_device_train_batch_size=batch,
                 lr_scheduler_type="linear",

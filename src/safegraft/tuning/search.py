@@ -18,7 +18,7 @@ from ..evaluate.metrics import Rate, rate
 from ..evaluate.models.hf import HfChatModel
 from ..evaluate.records import Exchange, Sampling, ask
 from ..manifest import digest_of, new_manifest
-from ..merging.live import Graft, graft
+from ..merging.live import Graft, graft, require_one
 from ..tensors.scopes import Scope, in_scope
 from ..train.data import Conversations, Pair
 from .data import Part, Parts
@@ -31,7 +31,7 @@ DAMPING: dict[str, dict[str, str]] = {
     "subspace": {"score": "none", "damp": "subspace"},
     "input": {"score": "none", "damp": "input"},
 }
-"""What is tried beside the strength: parameters of the interference method."""
+"""What is tried beside a vector's strength: parameters of the interference method."""
 ALL = "all"
 PARTS: tuple[Scope, ...] = ("attention", "ffn")
 Progress = Callable[[str, int, int], None]
@@ -58,15 +58,41 @@ class Scores:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to merge."""
+    """One way to merge: ``interference`` with a damping and a scope, or ``safe_delta``, which has neither."""
 
     strength: float
-    damping: str
-    scope: str
+    damping: str | None = None
+    scope: str | None = None
+
+    @property
+    def method(self) -> str:
+        return "safe_delta" if self.damping is None else "interference"
 
     @property
     def params(self) -> dict[str, str]:
-        return DAMPING[self.damping]
+        return {} if self.damping is None else DAMPING[self.damping]
+
+    @property
+    def weakness(self) -> float:
+        """The larger, the more of the fine-tune stays: a smaller strength, or a larger budget."""
+        return self.strength if self.method == "safe_delta" else -self.strength
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: strengths between two limits, and for a vector dampings and scopes."""
+
+    lowest: float
+    highest: float
+    dampings: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
+
+    def suggested(self, trial: Any) -> Setting:
+        strength = trial.suggest_float("strength", self.lowest, self.highest, log=True)
+        if not self.dampings:
+            return Setting(strength)
+        damping = trial.suggest_categorical("damping", list(self.dampings))
+        return Setting(strength, damping, trial.suggest_categorical("scope", list(self.scopes)))
 
 
 def keeps(scores: Scores, start: Scores, limits: Limits) -> bool:
@@ -85,14 +111,15 @@ def search(
     loaded: tuple[Any, Any],
     model: str,
     base: str | None,
-    vector: str,
+    vector: str | None,
     out: Path,
     parts: Parts,
     *,
     limits: Limits,
+    calibration: str | None = None,
     trials: int = 30,
     shortlist: int = 3,
-    highest: float = 4.0,
+    highest: float | None = None,
     tokens: int = 24,
     batch: int | None = None,
     seed: int = 0,
@@ -101,67 +128,75 @@ def search(
     given: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Find the strength and damping with the least unsafe rate within ``limits``; writes ``out``/tune.json.
+    """Find the strength and damping with the least unsafe rate within ``limits``, or with a ``calibration`` in place of
+    the ``vector`` Safe Delta's budget; writes ``out``/tune.json.
 
-    The vector is put into the loaded model in memory, so no trial writes a checkpoint. Every trial answers the search
+    The merge is done in the loaded model, in memory, so no trial writes a checkpoint. Every trial answers the search
     part with short greedy answers; the best are measured on the choose part, and of those that keep the limits the one
-    with the least unsafe rate (the weaker on a tie) is measured once more, beside the fine-tune, on the report part.
+    with the least unsafe rate (on a tie the one that keeps more of the fine-tune) is measured once more, beside the
+    fine-tune, on the report part.
 
     Args:
         loaded: the fine-tune and its tokenizer, as transformers loads them. model, base, vector: as in merge.
-        trials: looks in all, those of a resumed search counted. highest: largest strength tried, a share of ‖τ‖.
+        trials: looks in all, those of a resumed search counted. highest: largest strength tried, a share of ‖τ‖ (None:
+            4) or a budget (None: ‖τ‖/‖W_b‖, above which Safe Delta accepts nearly all).
 
     Returns:
         What tune.json holds; ``chosen`` is None where nothing on the short list keeps the limits.
 
     Raises:
-        ConfigError: optuna is not installed, or a value is out of range. OutputError: ``out`` is taken.
+        ConfigError: optuna is not installed, a value is out of range, or not one of vector and calibration is given.
+        OutputError: ``out`` is taken.
     """
-    if trials < 1 or shortlist < 1 or not highest > MINIMUM:
-        raise ConfigError(f"trials {trials} and shortlist {shortlist} must be ≥ 1, highest {highest} above {MINIMUM}")
+    least = MINIMUM if calibration is None else 0.0
+    if trials < 1 or shortlist < 1 or not (highest is None or highest > least):
+        raise ConfigError(f"trials {trials} and shortlist {shortlist} must be ≥ 1, highest {highest} above {least}")
+    require_one(vector, calibration)
     optuna = _optuna()
     identity = digest_of({"parts": asdict(parts), "limits": asdict(limits), "tokens": tokens, "seed": seed,
-                          "highest": highest, "inputs": [model, base, vector]})  # fmt: skip
+                          "highest": highest, "inputs": [model, base, vector, calibration]})  # fmt: skip
     _claim(out, identity, resume=resume, force=force)
     net, tokenizer = loaded
     look = _Look(net, tokenizer, tokens, batch, progress)
-    with graft(net, model, base, vector) as live:
+    with graft(net, model, base, vector, calibration=calibration) as live:
         start = look("fine-tune", parts.search)
-        scopes = parts_of(live.fine.pairing.deltas)
         tried = _trials(
-            optuna, out, trials, highest, seed, scopes, lambda s: look(_put(live, s), parts.search), start, limits
+            optuna, out, trials, _space(live, highest), seed, lambda s: look(_put(live, s), parts.search), start, limits
         )  # fmt: skip
-        best = sorted(tried, key=lambda row: (row["loss"], row["strength"]))[:shortlist]
-        live.apply(0.0)
+        best = sorted(tried, key=lambda row: (row["loss"], -_setting(row).weakness))[:shortlist]
+        live.restore()
         before = look("fine-tune", parts.choose)
         listed = []
-        for row in best:
-            setting = Setting(row["strength"], row["damping"], row["scope"])
+        for setting in map(_setting, best):
             scores = look(_put(live, setting), parts.choose)
             listed.append((setting, scores, keeps(scores, before, limits)))
         good = [(s, x) for s, x, kept in listed if kept]
-        chosen = min(good, key=lambda item: (item[1].unsafe.value, item[0].strength))[0] if good else None
+        chosen = min(good, key=lambda item: (item[1].unsafe.value, -item[0].weakness))[0] if good else None
         final: dict[str, Any] = {}
         if chosen is not None:
-            live.apply(0.0)
+            live.restore()
             final["fine-tuned"] = asdict(look("fine-tune", parts.report))
             final["restored"] = asdict(look(_put(live, chosen), parts.report))
     result = new_manifest(
         KIND,
         config={"limits": asdict(limits), "trials": trials, "shortlist": shortlist, "tokens": tokens},
         given=list(given), seed=seed, started=None,
-        inputs={"model": {"name": model}, "base": {"name": base}, "vector": {"name": vector}},
+        inputs={name: {"name": given} for name, given in {
+            "model": model, "base": base, "vector": vector, "calibration": calibration}.items() if given is not None},
     ) | {
         "start": asdict(start), "trials": tried,
         "shortlist": [{**asdict(s), "scores": asdict(x), "keeps": kept} for s, x, kept in listed],
-        "chosen": None if chosen is None else {**asdict(chosen), "params": chosen.params}, "report": final,
+        "report": final,
+        "chosen": None if chosen is None else {**asdict(chosen), "method": chosen.method, "params": chosen.params},
     }  # fmt: skip
     (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-MINIMUM = 0.02
-"""Smallest strength tried."""
+MINIMUM, MAXIMUM = 0.02, 4.0
+"""Smallest and largest strength of a vector tried."""
+SPAN = 50
+"""Largest budget tried over the smallest."""
 
 
 class _Look:
@@ -208,8 +243,22 @@ def token_accuracy(net: Any, tokenizer: Any, rows: Sequence[Pair]) -> float:
 
 
 def _put(live: Graft, setting: Setting) -> str:
-    live.apply(setting.strength, params=setting.params, scope=setting.scope)  # type: ignore[arg-type]
+    scope: Any = setting.scope
+    live.apply(setting.strength, method=setting.method, params=setting.params, scope=scope)
+    if setting.damping is None:
+        return f"budget {setting.strength:.2g}"
     return f"β {setting.strength:.2g} {setting.damping} {setting.scope}"
+
+
+def _space(live: Graft, highest: float | None) -> Space:
+    if live.calibration is not None:
+        top = highest or live.change()
+        return Space(top / SPAN, top)
+    return Space(MINIMUM, highest or MAXIMUM, tuple(DAMPING), tuple(parts_of(live.names)))
+
+
+def _setting(row: dict[str, Any]) -> Setting:
+    return Setting(row["strength"], row.get("damping"), row.get("scope"))
 
 
 def parts_of(names: Iterable[str]) -> list[str]:
@@ -220,19 +269,14 @@ def parts_of(names: Iterable[str]) -> list[str]:
 
 
 def _trials(
-    optuna: Any, out: Path, trials: int, highest: float, seed: int, scopes: Sequence[str],
+    optuna: Any, out: Path, trials: int, space: Space, seed: int,
     look: Callable[[Setting], Scores], start: Scores, limits: Limits,
 ) -> list[dict[str, Any]]:  # fmt: skip
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / TRIALS)))
     study = optuna.create_study(study_name="safegraft", storage=storage, load_if_exists=True)
 
     def objective(trial: Any) -> float:
-        setting = Setting(
-            trial.suggest_float("strength", MINIMUM, highest, log=True),
-            trial.suggest_categorical("damping", list(DAMPING)),
-            trial.suggest_categorical("scope", list(scopes)),
-        )
-        scores = look(setting)
+        scores = look(space.suggested(trial))
         trial.set_user_attr("scores", asdict(scores))
         return loss(scores, start, limits)
 

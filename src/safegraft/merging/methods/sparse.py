@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...config import Settings
-from ..entries import agreed, dropped, pruned_by_rank, ranked, without_outliers
+from ..entries import Ranked, agreed, dropped, kept_of, pruned_by_rank, ranked
 from ..method import GlobalStats, Merged, TensorTriple, merge_method
 
 
@@ -44,13 +46,23 @@ class Della(Settings):
         return self
 
 
-@merge_method("ties", params=Ties, paper="arXiv:2306.01708", strength=1.0, match_norm=False, fuses=True)
+def _stays(triples: Callable[[], Iterable[TensorTriple]], p: Ties | Breadcrumbs) -> list[Ranked | None]:
+    """Which entries of every delta stay, of a tensor that is told piece by piece."""
+    outliers = p.outliers if isinstance(p, Breadcrumbs) else 0.0
+    return ranked(lambda: ([d for d, _ in _parts(t)] for t in triples()), p.density, outliers)
+
+
+@merge_method(
+    "ties", params=Ties, paper="arXiv:2306.01708", strength=1.0, match_norm=False, fuses=True, entrywise=True,
+    overview=_stays,
+)  # fmt: skip
 def ties(t: TensorTriple, p: Ties, stats: GlobalStats) -> Merged | None:
     """Keep each delta's largest entries, elect a sign for every weight, average the deltas that agree with it."""
     parts = _parts(t)
     if not parts:
         return None
-    deltas, masks = [d for d, _ in parts], [ranked(d, p.density) for d, _ in parts]
+    deltas = [d for d, _ in parts]
+    masks = kept_of(deltas, t.overview or _stays(lambda: [t], p))
     return Merged(agreed(deltas, [w for _, w in parts], average=p.average, masks=masks).mul_(p.scale), {})
 
 
@@ -66,10 +78,17 @@ def dare_ties(t: TensorTriple, p: Dare, stats: GlobalStats) -> Merged | None:
     return _elected([(dropped(d, p.drop, t.rng), w) for d, w in _parts(t)])
 
 
-@merge_method("breadcrumbs", params=Breadcrumbs, paper="arXiv:2312.06795", strength=1.0, match_norm=False, fuses=True)
+@merge_method(
+    "breadcrumbs", params=Breadcrumbs, paper="arXiv:2312.06795", strength=1.0, match_norm=False, fuses=True,
+    entrywise=True, overview=_stays,
+)  # fmt: skip
 def breadcrumbs(t: TensorTriple, p: Breadcrumbs, stats: GlobalStats) -> Merged | None:
     """Remove each delta's largest and smallest entries, and add what is left."""
-    return _added([(without_outliers(d, p.density, p.outliers), w) for d, w in _parts(t)])
+    parts = _parts(t)
+    if not parts:
+        return None
+    masks = kept_of([d for d, _ in parts], t.overview or _stays(lambda: [t], p))
+    return _added([(d if mask is None else d * mask, w) for (d, w), mask in zip(parts, masks, strict=True)])
 
 
 @merge_method("della", params=Della, paper="arXiv:2406.11617", strength=1.0, match_norm=False, fuses=True)
