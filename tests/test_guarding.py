@@ -77,7 +77,7 @@ def test_the_strength_is_searched(made, tmp_path):
 def test_what_it_does_not_take(made, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
-    for how in ({}, {"force": True}):
+    for how in ({}, {"force": True}, {"resume": True}):
         with pytest.raises(OutputError, match="something else"):
             guard(*made.inputs, tmp_path / "mine", **made.task, **how)
     rows = tmp_path / "rows.jsonl"

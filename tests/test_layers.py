@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "safegraft"
-FOUNDATION = {"errors", "registry", "config", "manifest", "naming", "hardware", "__version__"}
+FOUNDATION = {"errors", "registry", "config", "manifest", "naming", "hardware", "runs", "__version__"}
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
@@ -16,6 +16,7 @@ ALLOWED = {
     "manifest": {"__version__"},
     "naming": set(),
     "hardware": set(),
+    "runs": {"errors"},
     "data": FOUNDATION,
     "tensors": FOUNDATION,
     "merging": FOUNDATION | {"tensors"},

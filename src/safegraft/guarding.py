@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .data import harmful, lookalikes
-from .errors import ConfigError, OutputError
+from .errors import ConfigError
 from .evaluate.answers import latest, read_answers, read_manifest, read_verdicts
 from .evaluate.benchmarks import Loaded, expand, load, load_task
 from .evaluate.judges.phrases import NAME, Phrases
@@ -26,12 +25,14 @@ from .evaluate.utility.base import Utility
 from .merging.run import merge
 from .report.evaluation import write_report
 from .report.gate import Check, Limits, gate, overall, to_json
+from .runs import claim
 from .tuning.data import read_parts
 from .tuning.search import Limits as SearchLimits
 from .tuning.search import search
 
 Progress = Callable[[str, int, int], None]
 TUNED, RESTORED, MEASURED, REPORT, GATE = "tuning", "restored", "evaluation", "report.html", "gate.json"
+PROMPTS = "prompts"
 BEFORE, AFTER = "fine-tuned", "restored"
 
 
@@ -88,7 +89,7 @@ def guard(
     names, tasks = divide(suites)
     loaded = [load(name, data=data, limit=limit, seed=seed) for name in expand(names)]
     utility = load_utility(tasks, data=data, limit=limit, seed=seed, allow_code=allow_code)
-    _claim(out, resume=resume, force=force)
+    _begin(out, resume=resume, force=force)
     searched, measured = _halves(lines, Path(task).name, out)
     params: dict[str, Any] = {}
     scope = None
@@ -105,16 +106,9 @@ def guard(
     return Guarded(overall(checks), strength, params, checks)
 
 
-def _claim(out: Path, *, resume: bool, force: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not resume:
-        ours = (out / "prompts").is_dir()
-        if not (force and ours):
-            raise OutputError(
-                f"{out} exists already" if ours else f"{out} holds something else",
-                "Go on with --resume, or start again with --force." if ours else "Choose another --out.",
-            )
-        shutil.rmtree(out)
-    (out / "prompts").mkdir(parents=True, exist_ok=True)
+def _begin(out: Path, *, resume: bool, force: bool) -> None:
+    claim(out, PROMPTS, "what guard leaves", resume=resume, force=force)
+    (out / PROMPTS).mkdir(exist_ok=True)
 
 
 def _task_lines(task: Path) -> list[str]:
@@ -131,7 +125,7 @@ def _task_lines(task: Path) -> list[str]:
 
 def _halves(lines: Sequence[str], name: str, out: Path) -> tuple[Path, Loaded]:
     """Every other row for the search, the rest for the evaluation, under the task's own name."""
-    places = [out / "prompts" / "search" / name, out / "prompts" / "measure" / name]
+    places = [out / PROMPTS / "search" / name, out / PROMPTS / "measure" / name]
     for place, rows in zip(places, (lines[::2], lines[1::2]), strict=True):
         place.parent.mkdir(exist_ok=True)
         place.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -151,7 +145,7 @@ def _search(
         }
         files = {}
         for kind, texts in prompts.items():
-            files[kind] = out / "prompts" / f"{kind}.jsonl"
+            files[kind] = out / PROMPTS / f"{kind}.jsonl"
             files[kind].write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
         parts = read_parts(task, files["harmful"], files["harmless"], search=32, seed=seed)
         drop = 1.0 if limits.utility_drop is None else limits.utility_drop
@@ -205,7 +199,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
                 "no strength can be searched for an adapter at the end of its training",
                 "Give SafetyCallback a strength, or run safegraft guard on the merged model afterwards.",
             )
-        _claim(self.out, resume=False, force=bool(self.settings.get("force")))
+        _begin(self.out, resume=False, force=bool(self.settings.get("force")))
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, OutputError
 from ..manifest import digest_of, folder_digest, new_manifest
+from ..runs import claim
 from .answers import (
     ANSWERS,
     KIND,
@@ -141,7 +141,7 @@ def evaluate(
         "cases": digest_of([asdict(c) for c in cases]), "attacks": list(attacks), "defense": defense,
         "sampling": asdict(sampling), "seed": seed,
     }  # fmt: skip
-    _claim(out, plan, resume=resume, force=force)
+    _begin(out, plan, resume=resume, force=force)
     for subject in subjects:
         with ExitStack() as stack:
             opened = cache(partial(stack.enter_context, subject.open()))
@@ -220,29 +220,17 @@ def _check(
         raise ConfigError("there is no judge", "Name one with --judge; phrases is always there.")
 
 
-def _claim(out: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> None:
+def _begin(out: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Make ``out`` ours, or go on in it."""
-    if out.exists() and force:
-        if not (out / PLAN).exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError(f"{out} holds something else than an evaluation", "Choose another --out.")
-        shutil.rmtree(out)
-    if out.exists() and any(out.iterdir()):
-        if not (out / PLAN).exists():
-            raise OutputError(f"{out} holds something else than an evaluation", "Choose another --out.")
-        if not resume:
-            raise OutputError(f"{out} exists already", "Go on with --resume, or start again with --force.")
+    if claim(out, PLAN, "an evaluation", resume=resume, force=force):
         held = json.loads((out / PLAN).read_text(encoding="utf-8"))
         if held != plan:
             other = ", ".join(k for k in plan if held.get(k) != plan[k])
             raise OutputError(f"{out} is of another evaluation: {other} differ", "Choose another --out.")
         (out / MANIFEST).unlink(missing_ok=True)
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _save(out / PLAN, plan)
-        (out / ANSWERS).touch()
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}", "Choose another --out.") from error
+    _save(out / PLAN, plan)
+    (out / ANSWERS).touch()
 
 
 def _ask(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from ..evaluate.models.hf import HfChatModel
 from ..evaluate.records import Exchange, Sampling, ask
 from ..manifest import digest_of, new_manifest
 from ..merging.live import Graft, graft, require_one
+from ..runs import claim
 from ..tensors.scopes import Scope, in_scope
 from ..train.data import Conversations, Pair
 from .data import Part, Parts
 
-RESULT, TRIALS = "tune.json", "trials.log"
+RESULT, TRIALS, IDENTITY = "tune.json", "trials.log", "identity.json"
 KIND = "safegraft tuning"
 DAMPING: dict[str, dict[str, str]] = {
     "paper": {"score": "paper", "damp": "tensor"},
@@ -155,7 +155,7 @@ def search(
     optuna = _optuna()
     identity = digest_of({"parts": asdict(parts), "limits": asdict(limits), "tokens": tokens, "seed": seed,
                           "highest": highest, "inputs": [model, base, vector, calibration]})  # fmt: skip
-    _claim(out, identity, resume=resume, force=force)
+    _begin(out, identity, resume=resume, force=force)
     net, tokenizer = loaded
     look = _Look(net, tokenizer, tokens, batch, progress)
     with graft(net, model, base, vector, calibration=calibration) as live:
@@ -289,21 +289,13 @@ def _trials(
     return [{**t.params, "loss": t.value, "scores": t.user_attrs["scores"]} for t in ended() if math.isfinite(t.value)]
 
 
-def _claim(out: Path, identity: str, *, resume: bool, force: bool) -> None:
+def _begin(out: Path, identity: str, *, resume: bool, force: bool) -> None:
     """Make ``out`` ours, or go on in it. Raises OutputError."""
-    marker = out / "identity.json"
-    if out.exists() and force:
-        if out.is_dir() and not marker.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} holds something else than a search", "Choose another --out.")
-        shutil.rmtree(out)
-    if out.exists():
-        if not resume:
-            raise OutputError(f"{out} exists already", "Go on with --resume, or start again with --force.")
-        if not marker.exists() or json.loads(marker.read_text())["identity"] != identity:
-            raise OutputError(f"{out} is of another search", "Repeat its settings, or choose another --out.")
-        return
-    out.mkdir(parents=True)
-    marker.write_text(json.dumps({"identity": identity}))
+    marker = out / IDENTITY
+    if not claim(out, IDENTITY, "a search", resume=resume, force=force):
+        marker.write_text(json.dumps({"identity": identity}))
+    elif json.loads(marker.read_text())["identity"] != identity:
+        raise OutputError(f"{out} is of another search", "Repeat its settings, or choose another --out.")
 
 
 def _optuna() -> Any:
