@@ -161,15 +161,15 @@ def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from safegraft.report.frontier import write_frontier
 
-    def point(strength, damping, unsafe, refused):
-        return {"strength": strength, "damping": damping,
-                "scores": {"unsafe": {"hits": unsafe, "n": 10}, "refused": {"hits": refused, "n": 10}}}  # fmt: skip
+    def point(strength, damping, unsafe, refused, utility):
+        rates = {name: {"hits": hits, "n": 10} for name, hits in (("unsafe", unsafe), ("refused", refused))}
+        return {"strength": strength, "damping": damping, "scores": {**rates, "utility": utility}}
 
-    trials = [point(0.1, "paper", 8, 0), point(1.0, "input", 2, 1), point(3.0, "none", 0, 7)]
-    write_frontier(trials, trials[0]["scores"], {"strength": 1.0, "damping": "input"}, 0.1, tmp_path / "f.png")
+    trials = [point(0.1, "paper", 8, 0, 0.9), point(1.0, "input", 2, 1, 0.89), point(3.0, "none", 0, 7, 0.5)]
+    write_frontier(trials, trials[0]["scores"], {"strength": 1.0, "damping": "input"}, 0.1, 0.02, tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     budgets = [{k: v for k, v in t.items() if k != "damping"} for t in trials]
-    write_frontier(budgets, trials[0]["scores"], {"strength": 1.0, "damping": None}, 0.1, tmp_path / "b.png")
+    write_frontier(budgets, trials[0]["scores"], {"strength": 1.0, "damping": None}, 0.1, 0.02, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -54,7 +54,8 @@ def command(
             shortlist=shortlist, highest=highest, seed=seed, resume=resume, force=force,
             progress=lambda what, done, total: bar.update(row, description=what, completed=done, total=total),
         )  # fmt: skip
-    write_frontier(found["trials"], found["start"], found["chosen"], max_overrefusal, out / "frontier.png")
+    points = found["trials"], found["start"], found["chosen"]
+    write_frontier(*points, max_overrefusal, max_utility_drop, out / "frontier.png")
     source = f"--vector {vector}" if vector else f"--method safe_delta --calibration {calibration}"
     _print(found, f"--model {model} --base {base} {source}", out)
     if found["chosen"] is None:

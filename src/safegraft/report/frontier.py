@@ -14,25 +14,30 @@ def write_frontier(
     start: Mapping[str, Any],
     chosen: Mapping[str, Any] | None,
     limit: float,
+    drop: float,
     out: Path,
 ) -> None:
     """Write a PNG; needs matplotlib.
 
     Args:
-        trials: each with strength, damping (none for Safe Delta) and scores (unsafe and refused as hits and n). start:
-            the fine-tune's scores. chosen: strength and damping of the one chosen. limit: most harmless requests
-            refused, a share.
+        trials: each with strength, damping (none for Safe Delta) and scores (unsafe and refused as hits and n, utility
+            as a share). start: the fine-tune's scores. chosen: strength and damping of the one chosen. limit: most
+            harmless requests refused, a share. drop: most utility lost.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     strongest = max((t["strength"] for t in trials), default=1.0)
+    least = start["utility"] - drop - 1e-9
     for damping, colour in COLOURS.items():
         rows = [t for t in trials if t.get("damping") == damping]
-        x, y = ([_share(t["scores"][key]) for t in rows] for key in ("refused", "unsafe"))
-        sizes = [20 + 120 * t["strength"] / strongest for t in rows]
-        axes.scatter(x, y, s=sizes, color=colour, alpha=0.7, label=_label(damping) if rows else None)
+        for kept, fill in ((True, colour), (False, "none")):
+            shown = [t for t in rows if (t["scores"]["utility"] >= least) is kept]
+            x, y = ([_share(t["scores"][key]) for t in shown] for key in ("refused", "unsafe"))
+            sizes = [20 + 120 * t["strength"] / strongest for t in shown]
+            label = _label(damping) if rows and kept else None
+            axes.scatter(x, y, s=sizes, facecolor=fill, edgecolor=colour, alpha=0.7 if kept else None, label=label)
     axes.scatter([_share(start["refused"])], [_share(start["unsafe"])], marker="s", color="#333333", label="fine-tune")
     taken = [t for t in trials if chosen and all(t.get(key) == chosen[key] for key in ("strength", "damping"))]
     for row in taken[:1]:
@@ -44,7 +49,8 @@ def write_frontier(
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     budgets = any(t.get("damping") is None for t in trials)
-    axes.set_title("Larger points have a larger budget" if budgets else "Larger points are stronger merges")
+    larger = "Larger points have a larger budget" if budgets else "Larger points are stronger merges"
+    axes.set_title(f"{larger}; hollow ones lose more of the task than allowed", fontsize="medium")
     axes.legend(frameon=False)
     figure.savefig(out, dpi=120)
 
