@@ -229,8 +229,11 @@ def _begin(out: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> Non
             raise OutputError(f"{out} is of another evaluation: {other} differ", "Choose another --out.")
         (out / MANIFEST).unlink(missing_ok=True)
         return
-    _save(out / PLAN, plan)
-    (out / ANSWERS).touch()
+    try:
+        _save(out / PLAN, plan)
+        (out / ANSWERS).touch()
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}", "Choose another --out.") from error
 
 
 def _ask(

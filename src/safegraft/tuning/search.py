@@ -73,9 +73,9 @@ class Setting:
         return {} if self.damping is None else DAMPING[self.damping]
 
     @property
-    def weakness(self) -> float:
-        """The larger, the more of the fine-tune stays: a smaller strength, or a larger budget."""
-        return self.strength if self.method == "safe_delta" else -self.strength
+    def severity(self) -> float:
+        """The smaller, the more of the fine-tune stays: a strength, or what a budget lacks."""
+        return -self.strength if self.method == "safe_delta" else self.strength
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def search(
         tried = _trials(
             optuna, out, trials, _space(live, highest), seed, lambda s: look(_put(live, s), parts.search), start, limits
         )  # fmt: skip
-        best = sorted(tried, key=lambda row: (row["loss"], -_setting(row).weakness))[:shortlist]
+        best = sorted(tried, key=lambda row: (row["loss"], _setting(row).severity))[:shortlist]
         live.restore()
         before = look("fine-tune", parts.choose)
         listed = []
@@ -171,7 +171,7 @@ def search(
             scores = look(_put(live, setting), parts.choose)
             listed.append((setting, scores, keeps(scores, before, limits)))
         good = [(s, x) for s, x, kept in listed if kept]
-        chosen = min(good, key=lambda item: (item[1].unsafe.value, -item[0].weakness))[0] if good else None
+        chosen = min(good, key=lambda item: (item[1].unsafe.value, item[0].severity))[0] if good else None
         final: dict[str, Any] = {}
         if chosen is not None:
             live.restore()
@@ -181,8 +181,8 @@ def search(
         KIND,
         config={"limits": asdict(limits), "trials": trials, "shortlist": shortlist, "tokens": tokens},
         given=list(given), seed=seed, started=None,
-        inputs={name: {"name": given} for name, given in {
-            "model": model, "base": base, "vector": vector, "calibration": calibration}.items() if given is not None},
+        inputs={kind: {"name": name} for kind, name in {
+            "model": model, "base": base, "vector": vector, "calibration": calibration}.items() if name is not None},
     ) | {
         "start": asdict(start), "trials": tried,
         "shortlist": [{**asdict(s), "scores": asdict(x), "keeps": kept} for s, x, kept in listed],
