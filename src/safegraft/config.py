@@ -17,7 +17,7 @@ ScopeName = Literal["attention", "attention-block", "ffn", "hybrid", "model", "a
 class Settings(BaseModel):
     """Unknown keys are refused; values are checked on creation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class MergeConfig(Settings):

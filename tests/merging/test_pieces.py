@@ -50,7 +50,7 @@ def test_fused_with_a_longer_vocabulary(trio, tiny, tmp_path, monkeypatch, metho
         patch.setattr("safegraft.tensors.finetune.FineTune.in_pieces", lambda *_: False)
         whole = merge([longer, t.unaligned], t.vector, tmp_path / "whole", **settings)
     monkeypatch.setattr("safegraft.tensors.finetune.PIECE", 70)
-    monkeypatch.setattr("safegraft.tensors.checkpoint.CHUNK", 400)
+    monkeypatch.setattr("safegraft.tensors.checkpoint.CHUNK", 100)
     pieces = merge([longer, t.unaligned], t.vector, tmp_path / "pieces", **settings)
     ours, theirs = files_of(tmp_path / "pieces"), files_of(tmp_path / "whole")
     assert ours["model.safetensors"] == theirs["model.safetensors"]

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -15,15 +16,15 @@ from safegraft.tensors import ahead
 def forgotten():
     ahead._known.clear()
     yield
-    ahead.stop()
     ahead._known.clear()
 
 
 def run(*folders):
-    ahead.start(folders)
-    while ahead._threads and ahead._threads[0].is_alive():
-        time.sleep(0.01)
-    ahead.stop()
+    """Let it finish."""
+    with ahead.hashing(folders):
+        for process, _ in ahead._running:
+            assert process.wait() == 0
+    assert not ahead._running
 
 
 def test_digests_are_those_of_the_bytes(tiny):
@@ -47,10 +48,33 @@ def test_a_changed_file_is_not_known(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x09\0\0\0\0\0\0\0" + b'{"a": {}}'])
-def test_a_damaged_file_is_left_to_its_reader(tmp_path, content):
-    (tmp_path / "model.safetensors").write_bytes(content)
+def test_a_damaged_file_is_left_to_its_reader(tiny, tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    (tmp_path / "b.safetensors").write_bytes((tiny("llama") / "model.safetensors").read_bytes())
     run(tmp_path)
-    assert not ahead._known
+    assert len({key[1] for key in ahead._known}) == 1
+
+
+def test_it_ends_in_the_middle_of_its_work(tmp_path):
+    size = 8 << 30
+    header = json.dumps({"a": {"data_offsets": [0, 8]}, "b": {"data_offsets": [8, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with ahead.hashing([tmp_path]):
+        ((process, output),) = ahead._running
+        while not os.fstat(output.fileno()).st_size:
+            assert process.poll() is None
+    assert [key[4] for key in ahead._known] == [8]
+    assert process.returncode
+
+
+def test_it_does_not_outlive_its_parent(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"\x1f\0\0\0\0\0\0\0" + b'{"a": {"data_offsets": [0, 1]}}' + b"x")
+    command = [sys.executable, ahead.__file__, str(os.getppid()), str(tmp_path / "a.safetensors")]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b""
+    command[2] = str(os.getpid())
+    assert subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def test_a_merge_writes_the_same_either_way(trio, tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from models import files_of, leftovers
 from safegraft.errors import NumericError, OutputError
-from safegraft.tensors import writer
+from safegraft.tensors import shards, writer
 from safegraft.tensors.files import ShardFile, build_layout
 from safegraft.tensors.shards import sha256
 from safegraft.tensors.source import TensorSpec, as_bytes
@@ -425,6 +426,32 @@ class TestDisk:
             with pytest.raises(OutputError, match="is full"):
                 opened.finish({}, texts={"README.md": "x"})
         assert leftovers(tmp_path) == ["out.partial"]
+
+    def test_full_when_the_disk_is_set_to_work_early(self, tmp_path, monkeypatch):
+        """The other thread's refusal is told by the next write, or by the flush."""
+        monkeypatch.setattr(shards, "SYNC_EVERY", 1)
+        real, broken = os.fsync, []
+
+        def refuses_once(fd):
+            if not broken:
+                broken.append(fd)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        for name in ("a", None):
+            broken.clear()
+            with folder(tmp_path / "out", force=True) as opened:
+                monkeypatch.setattr(os, "fsync", refuses_once)
+                put(opened, "e")
+                with suppress(OSError):
+                    opened._syncing.result()
+                with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+                    put(opened, name) if name else opened.flush()
+                monkeypatch.setattr(os, "fsync", real)
+
+    def test_setting_the_disk_to_work_early_changes_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards, "SYNC_EVERY", 1)
+        assert holds(write_all(tmp_path / "out"))
 
     def test_a_real_full_disk(self, tmp_path):
         """/dev/full refuses every write with ENOSPC."""

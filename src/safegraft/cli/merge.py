@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,19 +97,35 @@ def command(
 
     if dry_run and settings.as_adapter:
         raise ConfigError("--dry-run plans a full model, not an adapter", "Leave out one of --dry-run, --as-adapter.")
-    if not dry_run:
-        ahead.start(f for f in (*settings.models, settings.base, settings.vector) if f is not None)
-    from ..merging.run import prepare, run_merge
-
     if dry_run:
+        from ..merging.run import prepare
+
         print_plan(prepare(settings))
         return
     named = sorted({*(k for k, v in given.items() if v is not None), *settings.model_fields_set, *params})
-    with progress_bar() as progress:
-        summary = run_merge(settings, named, progress)
+    with ahead.hashing(f for f in (*settings.models, settings.base, settings.vector) if f is not None):
+        with _uncollected():
+            from ..merging.run import run_merge
+
+        with progress_bar() as progress:
+            summary = run_merge(settings, named, progress)
     warn(summary.warnings)
     note(summary.notes)
     print_summary(summary)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import torch without looking for garbage among what it makes, then or later: a tenth less time to start."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MismatchError, NumericError
@@ -15,7 +14,7 @@ from ..tensors.checkpoint import Checkpoint
 from ..tensors.lowrank import Delta, LowRank
 from ..tensors.private import private_folder
 from ..tensors.shards import sha256
-from ..tensors.source import Workspace, as_bytes
+from ..tensors.source import Workspace, all_finite, as_bytes
 from ..tensors.writer import check_free, replace_folder
 
 
@@ -55,7 +54,7 @@ class Deltas:
         found = self.surrogate[name]
         pieces = [found] if isinstance(found, Tensor) else [found.left.contiguous(), found.right.contiguous()]
         self.digests["unaligned"][name] = digest_of([sha256(as_bytes(piece)) for piece in pieces])
-        if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+        if not all(all_finite(piece) for piece in pieces):
             raise NumericError(f"training left NaN or Inf in {name}", "Lower the learning rate.")
         return self.change(name).norm() ** 2
 

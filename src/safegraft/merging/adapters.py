@@ -19,7 +19,7 @@ from ..tensors.files import build_layout
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta, LowRank, plus, thin_svd
 from ..tensors.shards import sha256
-from ..tensors.source import TensorSpec, Workspace, as_bytes
+from ..tensors.source import TensorSpec, Workspace, all_finite, as_bytes
 from ..tensors.writer import OutputFolder
 from .method import Merged
 from .survey import parallel
@@ -177,7 +177,7 @@ def adapter_tensors(fine: FineTune, parts: Sequence[Piece], dtype: torch.dtype |
         out[f"{module_name}.lora_A.weight"] = a.to(kind).contiguous()
         out[f"{module_name}.lora_B.weight"] = b.to(kind).contiguous()
     for key, value in out.items():
-        if not torch.isfinite(value).all():
+        if not all_finite(value):
             raise NumericError(f"{key} holds NaN or Inf in {kind}", "Choose another --dtype or a smaller --strength.")
     return dict(sorted(out.items()))
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..config import Settings
 from ..errors import NumericError
 from ..tensors.calibration import Calibration
-from ..tensors.finetune import PIECE, FineTune
+from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
 from ..tensors.mask import Mask, Masking, moved
 from ..tensors.randomness import generator
 from ..tensors.shards import Shards
-from ..tensors.source import Workspace, as_bytes
+from ..tensors.source import Workspace, all_finite, as_bytes
 from ..tensors.vector import SafetyVector
 from ..tensors.writer import OutputFolder
 from .method import GlobalStats, Merged, Method, TensorTriple
@@ -227,7 +227,7 @@ class _Output:
         dtype = self.unit.spec.dtype
         if values.dtype != dtype or values.device.type != "cpu":
             values = self.workspace.take("out", values.shape, dtype).copy_(values)
-        if not all(bool(torch.isfinite(part).all()) for part in torch.split(values.reshape(-1), PIECE)):
+        if not all_finite(values):
             raise _not_finite(self.unit)
         data = as_bytes(values)
         for target in self.targets:

@@ -67,7 +67,7 @@ class Unit:
         if self.action == "copy":
             return 0
         if self.action == "cast":
-            return 3 * CHUNK
+            return 8 * CHUNK
         if self.in_pieces:
             return (8 + self.models) * max(PIECE, self.spec.shape[-1]) * 4
         held = 8 + self.models + (MASK if self.masked else 0)

@@ -21,7 +21,7 @@ from ..tensors.checkpoint import Checkpoint
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta, sum_of_squares
 from ..tensors.shards import sha256
-from ..tensors.source import Workspace, as_bytes
+from ..tensors.source import Workspace, all_finite, as_bytes
 from ..tensors.vector import SafetyVector
 
 Progress = Callable[[str, int], None]
@@ -221,7 +221,7 @@ def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Wo
         assert vector is not None
         delta = fine.safety(name, vector, workspace, check=True)
         safety_sq = delta.norm() ** 2
-        if not math.isfinite(safety_sq) or (delta.known is not None and not torch.isfinite(delta.known.s).all()):
+        if not math.isfinite(safety_sq) or (delta.known is not None and not all_finite(delta.known.s)):
             raise _not_finite(name, vector.label)
         dot = inner(task, delta)
     return TensorStats(base_sq, task_sq, safety_sq, dot, model_digest, base_digest, others)
@@ -263,7 +263,7 @@ def _aligned(
 
 
 def _require_finite(name: str, value: torch.Tensor | None, label: str) -> None:
-    if value is not None and not torch.isfinite(value).all():
+    if value is not None and not all_finite(value):
         raise _not_finite(name, label)
 
 

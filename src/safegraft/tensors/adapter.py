@@ -21,7 +21,7 @@ from ..errors import CheckpointError, MismatchError
 from .checkpoint import HEAD_SUFFIXES, Checkpoint, near_misses, resolve
 from .files import ShardFile
 from .lowrank import Delta, LowRank
-from .source import TensorSpec, as_bytes
+from .source import TensorSpec, all_finite, as_bytes
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -126,7 +126,7 @@ class Adapter:
         entry = self.file.layout.entries[key]
         out = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
         self.file.read_into(as_bytes(out), entry.offset)
-        if not torch.isfinite(out).all():
+        if not all_finite(out):
             from ..errors import NumericError
 
             raise NumericError(f"{self.label}: {key} holds NaN or Inf", "Train or fetch the adapter again.")

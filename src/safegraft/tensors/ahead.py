@@ -1,7 +1,9 @@
-"""SHA-256 of stored tensors, worked out by a thread while the process is busy importing torch.
+"""SHA-256 of stored tensors, worked out by a second process while this one is busy importing torch.
 
-A merge hashes every byte it reads. Importing torch takes a second on one core, so on a small model most of that hashing
-is done before the merge begins. What is not known yet is hashed when it is read; nothing depends on this module.
+A merge hashes every byte it reads. Importing torch takes a second on one core and holds Python's lock, which keeps a
+thread from using the other core; on a small model most of that hashing is done before the merge begins. What is not
+known by then is hashed when it is read; nothing depends on this module. It needs nothing but the standard library: the
+other process runs this file.
 """
 
 from __future__ import annotations
@@ -10,31 +12,44 @@ import hashlib
 import json
 import os
 import struct
-import threading
-from collections.abc import Iterable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-PIECE = 4 << 20
+PIECE = 1 << 20
 _Key = tuple[int, int, int, int, int]
 _known: dict[_Key, str] = {}
-_stop = threading.Event()
-_threads: list[threading.Thread] = []
+_running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
 
 
-def start(folders: Iterable[str | Path]) -> None:
-    """Begin with the safetensors files of those ``folders`` that are folders here; returns at once."""
+@contextmanager
+def hashing(folders: Iterable[str | Path]) -> Iterator[None]:
+    """Hash the safetensors files of those ``folders`` that are folders here, until ``stop`` or the end of the block."""
     files = [file for folder in folders if Path(folder).is_dir() for file in sorted(Path(folder).glob("*.safetensors"))]
-    _stop.clear()
-    thread = threading.Thread(target=_hash_files, args=(files,), daemon=True)
-    _threads.append(thread)
-    thread.start()
+    if files and sys.executable:
+        command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, files)]
+        output = tempfile.TemporaryFile()  # noqa: SIM115
+        quiet = subprocess.DEVNULL
+        _running.append((subprocess.Popen(command, stdin=quiet, stdout=output, stderr=quiet), output))
+    try:
+        yield
+    finally:
+        stop()
 
 
 def stop() -> None:
-    """End with the piece in hand; what is known stays known."""
-    _stop.set()
-    while _threads:
-        _threads.pop().join()
+    """End it; what it has found stays known."""
+    while _running:
+        process, output = _running.pop()
+        process.terminate()
+        process.wait()
+        with output:
+            output.seek(0)
+            _known.update((tuple(key), digest) for key, digest in map(json.loads, output.read().splitlines()))
 
 
 def known(fd: int, offset: int, nbytes: int) -> str | None:
@@ -47,32 +62,35 @@ def _key(fd: int, offset: int, nbytes: int) -> _Key:
     return about.st_dev, about.st_ino, about.st_mtime_ns, offset, nbytes
 
 
-def _hash_files(files: list[Path]) -> None:
+def _digests(file: Path, parent: int) -> Iterator[tuple[_Key, str]]:
+    """Of one file's tensors, as they lie in it; ends where the file is damaged or ``parent`` is gone."""
     buffer = memoryview(bytearray(PIECE))
+    with file.open("rb", buffering=0) as opened:
+        fd = opened.fileno()
+        (length,) = struct.unpack("<Q", os.pread(fd, 8, 0))
+        if length > os.fstat(fd).st_size:
+            return
+        header = json.loads(os.pread(fd, length, 8))
+        places = [item["data_offsets"] for name, item in header.items() if name != "__metadata__"]
+        for first, last in places:
+            key, running = _key(fd, 8 + length + first, last - first), hashlib.sha256()
+            for position in range(first, last, PIECE):
+                wanted = min(PIECE, last - position)
+                if os.getppid() != parent or os.preadv(fd, [buffer[:wanted]], 8 + length + position) != wanted:
+                    return
+                running.update(buffer[:wanted])
+            if _key(fd, key[3], key[4]) == key:
+                yield key, running.hexdigest()
+
+
+def _main(parent: int, files: list[str]) -> None:
     for file in files:
         try:
-            with file.open("rb") as opened:
-                _hash_file(opened.fileno(), buffer)
-        except (OSError, ValueError, KeyError, TypeError, struct.error):
+            for found in _digests(Path(file), parent):
+                os.write(1, json.dumps(found).encode() + b"\n")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
             continue  # a damaged file is told of, with its reason, by whoever opens it for the merge
-        if _stop.is_set():
-            return
 
 
-def _hash_file(fd: int, buffer: memoryview) -> None:
-    (length,) = struct.unpack("<Q", os.pread(fd, 8, 0))
-    if length > os.fstat(fd).st_size:
-        return
-    header = json.loads(os.pread(fd, length, 8))
-    for name, item in header.items() if isinstance(header, dict) else ():
-        if name == "__metadata__":
-            continue
-        first, last = item["data_offsets"]
-        key, running = _key(fd, 8 + length + first, last - first), hashlib.sha256()
-        for position in range(first, last, PIECE):
-            wanted = min(PIECE, last - position)
-            if _stop.is_set() or os.preadv(fd, [buffer[:wanted]], 8 + length + position) != wanted:
-                return
-            running.update(buffer[:wanted])
-        if _key(fd, key[3], key[4]) == key:
-            _known[key] = running.hexdigest()
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), sys.argv[2:])

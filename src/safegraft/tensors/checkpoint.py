@@ -19,7 +19,8 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 HEAD_SUFFIXES = ("lm_head.weight", "embed_out.weight")
-CHUNK = 4 << 20
+CHUNK = 1 << 17
+"""Entries of a tensor that a pass over it takes at a time: what a core's cache holds."""
 
 _CONVERT = {
     "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained()",
@@ -144,10 +145,10 @@ class Checkpoint:
         return out.copy_(self.read_into(workspace.take(f"{slot}.raw", spec.shape, spec.dtype), name))
 
     def chunks(self, name: str, workspace: Workspace, slot: str, first: int = 0) -> Iterator[Tensor]:
-        """The tensor's elements in order from ``first``, flat, in its stored dtype, a few MB at a time."""
-        numel, step = self.spec(name).numel, CHUNK // 4
-        for start in range(first, numel, step):
-            yield self.part(name, start, min(step, numel - start), workspace, slot)
+        """The tensor's elements in order from ``first``, flat, in its stored dtype, a piece at a time."""
+        numel = self.spec(name).numel
+        for start in range(first, numel, CHUNK):
+            yield self.part(name, start, min(CHUNK, numel - start), workspace, slot)
 
     def part(self, name: str, first: int, count: int, workspace: Workspace, slot: str) -> Tensor:
         """``count`` elements from ``first``, flat, in the stored dtype."""

@@ -19,7 +19,7 @@ from .source import Workspace
 from .vector import SafetyVector
 
 PIECE = 1 << 18
-"""Entries of a tensor that are worked on at a time where a method goes entry by entry: what a core's cache holds."""
+"""Entries of a tensor that a method is given at a time where it goes entry by entry; for TIES fewer are slower."""
 
 
 class FineTune:

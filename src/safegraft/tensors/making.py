@@ -19,7 +19,7 @@ from .files import build_layout
 from .lowrank import Delta, sum_of_squares, thin_svd
 from .scopes import SCOPES, LayerRange, Scope, chosen_weights, in_scope
 from .shards import sha256
-from .source import TensorSpec, Workspace, as_bytes
+from .source import TensorSpec, Workspace, all_finite, as_bytes
 from .vector import KIND, VECTOR, SafetyVector, effective_rank, is_matrices, stored_keys
 from .writer import OutputFolder
 
@@ -231,6 +231,6 @@ def _difference(
     if digests is not None:
         digests["aligned"][name], digests["unaligned"][name] = sha256(as_bytes(first)), sha256(as_bytes(second))
     first.sub_(second)
-    if not torch.isfinite(first).all():
+    if not all_finite(first):
         raise NumericError(f"{name} holds NaN or Inf in {a.label} or {b.label}", "Fetch or train that model again.")
     return first

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +16,8 @@ from ..errors import OutputError
 from .files import ShardLayout
 
 COPY_PIECE = 8 << 20
+SYNC_EVERY = 64 << 20
+"""Bytes after which the disk is set to work, so that it writes while the next tensors are worked out."""
 
 
 def sha256(data: memoryview | bytes) -> str:
@@ -38,6 +42,10 @@ class Shards:
         self.partial, self.layouts, self.out = folder, layouts, out
         self._where = {name: (lay.filename, e) for lay in layouts for name, e in lay.entries.items()}
         self._files: dict[str, int] = {}
+        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
+        self._sync_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         try:
@@ -61,12 +69,16 @@ class Shards:
     def flush(self) -> None:
         """Wait until the disk has everything. Raises OutputError."""
         try:
-            for fd in self._files.values():
-                os.fsync(fd)
+            if self._syncing is not None:
+                self._syncing.result()
+            self._fsync()
         except OSError as error:
             raise write_failed(self.out, error) from error
 
     def close(self) -> None:
+        if self._syncer is not None:
+            self._syncer.shutdown()
+            self._syncer = None
         for fd in self._files.values():
             os.close(fd)
         self._files = {}
@@ -79,6 +91,7 @@ class Shards:
             while data:
                 put = os.pwrite(self._files[filename], data[: 1 << 30], position)
                 data, position = data[put:], position + put
+                self._sync(put)
         except OSError as error:
             raise write_failed(self.out, error) from error
 
@@ -95,6 +108,7 @@ class Shards:
                     put = os.copy_file_range(source_fd, target, piece, source_offset, here)
                 else:
                     put = os.pwrite(target, os.pread(source_fd, piece, source_offset), here)
+                self._sync(put)
             except OSError as error:
                 if inside and error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                     inside = False
@@ -103,6 +117,21 @@ class Shards:
             if put == 0:
                 raise OutputError(f"{name}: its source ended while being copied", "Fetch the input again.")
             left, here, source_offset = left - put, here + put, source_offset + put
+
+    def _sync(self, nbytes: int) -> None:
+        """Now and then have another thread wait for the disk. Raises OSError where the disk refused what it had."""
+        with self._sync_lock:
+            self._unsynced += nbytes
+            if self._unsynced < SYNC_EVERY or not (self._syncing is None or self._syncing.done()):
+                return
+            if self._syncing is not None:
+                self._syncing.result()
+            self._syncer = self._syncer or ThreadPoolExecutor(1)
+            self._syncing, self._unsynced = self._syncer.submit(self._fsync), 0
+
+    def _fsync(self) -> None:
+        for fd in self._files.values():
+            os.fsync(fd)
 
 
 def write_failed(out: Path, error: OSError) -> OutputError:

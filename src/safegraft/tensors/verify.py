@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .files import ShardFile
 from .serving import vllm_adapter, vllm_model
 from .shards import sha256
-from .source import Workspace, as_bytes
+from .source import Workspace, all_finite, as_bytes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _adapter(folder: Path) -> list[Check]:
         tensor = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
         shard.read_into(as_bytes(tensor), entry.offset)
         digests[name] = sha256(as_bytes(tensor))
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             broken.append(name)
     return [
         Check("header", True, f"an adapter of {len(digests)} tensors, sizes right"),
@@ -138,7 +138,7 @@ def _read_all(checkpoint: Checkpoint, progress: Callable[[int, int], None] | Non
         for part in checkpoint.chunks(name, workspace, "verify"):
             running.update(as_bytes(part))
             if part.dtype.is_floating_point and finite:
-                finite = bool(torch.isfinite(part).all())
+                finite = all_finite(part)
             done += part.numel() * part.dtype.itemsize
             if progress:
                 progress(done, total)

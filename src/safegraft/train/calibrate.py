@@ -21,7 +21,7 @@ from ..tensors.checkpoint import Checkpoint
 from ..tensors.files import build_layout
 from ..tensors.scopes import SCOPES, Scope, in_scope
 from ..tensors.shards import sha256
-from ..tensors.source import TensorSpec, Workspace, as_bytes
+from ..tensors.source import TensorSpec, Workspace, all_finite, as_bytes
 from ..tensors.writer import OutputFolder, check_free
 from .data import encode, read_rows
 
@@ -178,7 +178,7 @@ def _moments(
                 network(input_ids=ids.to(device), use_cache=False)
             count()
     for name in layers:
-        if not torch.isfinite(found[name].total).all():
+        if not all_finite(found[name].total):
             raise NumericError(f"the inputs of {name} hold NaN or Inf", "Load a model that answers as it should.")
         yield name, found.pop(name)
 
