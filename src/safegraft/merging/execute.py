@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Settings
 from ..errors import NumericError
+from ..tensors import ahead
 from ..tensors.calibration import Calibration
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
@@ -23,7 +24,7 @@ from ..tensors.vector import SafetyVector
 from ..tensors.writer import OutputFolder
 from .method import GlobalStats, Merged, Method, TensorTriple
 from .plan import Plan, Unit
-from .survey import Progress, Survey, parallel
+from .survey import Progress, Survey, Tally, TensorStats, collected, of_tensor, parallel
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,38 @@ def execute(
     return figures_of(plan, folder)
 
 
+def execute_at_once(
+    plan: Plan, run: Run, folder: OutputFolder, workers: int, progress: Progress | None = None
+) -> tuple[Survey, dict[str, dict[str, float]]]:
+    """``execute`` without a survey before it: each tensor's statistics are gathered while it is merged.
+
+    For methods that are ``local``, without a vector; ``run.survey`` is not looked at. Raises as ``survey`` does, too.
+    """
+    ahead.stop()
+
+    def one(unit: Unit, workspace: Workspace) -> tuple[str, TensorStats]:
+        stats: TensorStats | None = None
+        done: list[Done] | None = [] if is_done(unit, folder) else None
+        if done is None and unit.in_pieces:
+            tally = Tally(run.fine, unit.name)
+            done = _compute_in_pieces(unit, run, folder, workspace, tally)
+            stats = tally.ended(workspace) if done else None
+        stats = stats or of_tensor(run.fine, None, unit.name, workspace)
+        if done is None:
+            done = write_unit(unit, replace(run, survey=Survey({unit.name: stats})), folder, workspace)
+        for each in done:
+            folder.done(*each)
+        if progress:
+            progress(unit.name, unit.spec.nbytes)
+        return unit.name, stats
+
+    order = sorted(plan.units, key=lambda u: -u.cost)
+    found = dict(parallel(one, order, workers))
+    return collected(run.fine, found), figures_of(plan, folder)
+
+
 def is_done(unit: Unit, folder: OutputFolder) -> bool:
-    return all(name in folder.finished for name in (unit.name, *unit.also))
+    return all(name in folder.finished for name in unit.targets)
 
 
 def figures_of(plan: Plan, folder: OutputFolder) -> dict[str, dict[str, float]]:
@@ -82,14 +113,12 @@ def figures_of(plan: Plan, folder: OutputFolder) -> dict[str, dict[str, float]]:
 
 def write_unit(unit: Unit, run: Run, shards: Shards, workspace: Workspace) -> list[Done]:
     """Put one unit into its places; doing it twice changes nothing."""
-    targets = (unit.name, *unit.also)
-    if unit.action == "copy":
-        return _copy(unit, targets, run, shards)
+    done = None
     if unit.action == "cast":
-        return _cast(unit, targets, run, shards, workspace)
-    if unit.in_pieces:
-        return _compute_in_pieces(unit, targets, run, shards, workspace)
-    return _compute(unit, targets, run, shards, workspace)
+        done = _cast(unit, run, shards, workspace)
+    elif unit.action != "copy":
+        done = (_compute_in_pieces if unit.in_pieces else _compute)(unit, run, shards, workspace)
+    return _copy(unit, run, shards) if done is None else done
 
 
 def merge_tensor(
@@ -151,14 +180,15 @@ def _flattened(delta: Delta, numel: int) -> Delta:
     return Delta((numel,), full=delta.full.reshape(-1), scale=delta.scale)
 
 
-def _copy(unit: Unit, targets: Sequence[str], run: Run, shards: Shards) -> list[Done]:
-    for name in targets:
+def _copy(unit: Unit, run: Run, shards: Shards) -> list[Done]:
+    for name in unit.targets:
         source, entry = run.fine.layout.entry(name)
         shards.copy(name, source.fd, entry.offset)
-    return [Done(name, run.survey.tensors[unit.name].model_sha256) for name in targets]
+    return [Done(name, run.survey.tensors[unit.name].model_sha256) for name in unit.targets]
 
 
-def _compute(unit: Unit, targets: Sequence[str], run: Run, shards: Shards, workspace: Workspace) -> list[Done]:
+def _compute(unit: Unit, run: Run, shards: Shards, workspace: Workspace) -> list[Done] | None:
+    """Merge or apply; None where the method keeps the fine-tune's bytes."""
     fine, name = run.fine, unit.name
     base, tasks = fine.read(name, workspace)
     safety = Delta(tuple(base.shape))
@@ -178,37 +208,41 @@ def _compute(unit: Unit, targets: Sequence[str], run: Run, shards: Shards, works
             weights=fine.weights, seed=run.seed, hessian=hessian, mask=mask,
         )  # fmt: skip
     if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
-        return _copy(unit, targets, run, shards)
-    output = _Output(unit, targets, shards, workspace)
+        return None
+    output = _Output(unit, shards, workspace)
     output.put(base.add_(merged.dense() if merged else tasks[0].dense()))
     output.rest(fine)
     return output.done(merged.figures if merged else None)
 
 
 def _compute_in_pieces(
-    unit: Unit, targets: Sequence[str], run: Run, shards: Shards, workspace: Workspace
-) -> list[Done]:
+    unit: Unit, run: Run, shards: Shards, workspace: Workspace, tally: Tally | None = None
+) -> list[Done] | None:
     """As _compute, a few rows at a time, for methods that go entry by entry."""
     fine, name, method = run.fine, unit.name, run.method
-    output, figures, first, overview = _Output(unit, targets, shards, workspace), None, True, None
+    output, figures, first, overview = _Output(unit, shards, workspace), None, True, None
     changed = fine.fuses or (name in fine.pairing.deltas and run.stats.alpha != 0)
     if changed and method.overview is not None:
         overview = method.overview(lambda: _triples(name, run, workspace), run.params)
-    for triple in _triples(name, run, workspace, overview):
+    for triple in _triples(name, run, workspace, overview, tally):
         merged = method.function(triple, run.params, run.stats) if changed else None
         if merged is None and first and unit.spec.dtype == fine.layout.spec(name).dtype:
-            return _copy(unit, targets, run, shards)
+            return None
         figures, first = merged.figures if merged else None, False
         output.put(triple.base.add_(merged.dense() if merged else triple.task.dense()))
     output.rest(fine)
     return output.done(figures)
 
 
-def _triples(name: str, run: Run, workspace: Workspace, overview: Any = None) -> Iterator[TensorTriple]:
+def _triples(
+    name: str, run: Run, workspace: Workspace, overview: Any = None, tally: Tally | None = None
+) -> Iterator[TensorTriple]:
     """One tensor, a few rows at a time."""
     fine, rng = run.fine, generator(run.seed, name, run.device)
     vector = run.vector if name in fine.pairing.deltas and run.stats.alpha else None
-    for base, tasks, safety in fine.pieces(name, vector, workspace):
+    for base, tasks, safety in fine.pieces(name, vector, workspace, tally.seen if tally else None):
+        if tally is not None:
+            tally.add(base, tasks)
         safety = safety.scaled(run.stats.alpha)
         if run.device != "cpu":
             base, safety, tasks = base.to(run.device), safety.to(run.device), [t.to(run.device) for t in tasks]
@@ -218,8 +252,8 @@ def _triples(name: str, run: Run, workspace: Workspace, overview: Any = None) ->
 class _Output:
     """One tensor on its way into the shards, from its first entry to its last."""
 
-    def __init__(self, unit: Unit, targets: Sequence[str], shards: Shards, workspace: Workspace) -> None:
-        self.unit, self.targets, self.shards, self.workspace = unit, targets, shards, workspace
+    def __init__(self, unit: Unit, shards: Shards, workspace: Workspace) -> None:
+        self.unit, self.shards, self.workspace = unit, shards, workspace
         self.running, self.written = hashlib.sha256(), 0
 
     def put(self, values: Tensor) -> None:
@@ -230,7 +264,7 @@ class _Output:
         if not all_finite(values):
             raise _not_finite(self.unit)
         data = as_bytes(values)
-        for target in self.targets:
+        for target in self.unit.targets:
             self.shards.write(target, data, self.written * dtype.itemsize)
         self.running.update(data)
         self.written += values.numel()
@@ -241,7 +275,7 @@ class _Output:
             self.put(part)
 
     def done(self, figures: dict[str, float] | None = None) -> list[Done]:
-        return [Done(target, self.running.hexdigest(), figures) for target in self.targets]
+        return [Done(target, self.running.hexdigest(), figures) for target in self.unit.targets]
 
 
 def _not_finite(unit: Unit) -> NumericError:
@@ -259,8 +293,8 @@ def _unchanged(safety: Delta, tasks: Sequence[Delta], weights: Sequence[float]) 
     return safety.is_zero and len(tasks) == 1 and weights[0] == 1.0
 
 
-def _cast(unit: Unit, targets: Sequence[str], run: Run, shards: Shards, workspace: Workspace) -> list[Done]:
-    output = _Output(unit, targets, shards, workspace)
+def _cast(unit: Unit, run: Run, shards: Shards, workspace: Workspace) -> list[Done]:
+    output = _Output(unit, shards, workspace)
     for part in run.fine.layout.chunks(unit.name, workspace, "cast.in"):
         output.put(part)
     return output.done()

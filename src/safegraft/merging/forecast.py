@@ -62,7 +62,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of the two passes; ``total`` is what a command takes in all."""
+    """Seconds of the two passes, the first being none where one is enough; ``total`` is what a command takes in all."""
 
     survey: float
     merge: float
@@ -81,6 +81,9 @@ def forecast(ready: Prepared) -> Forecast:
         for unit in ready.plan.units:
             first.append(_survey(unit, ready, speeds))
             second.append(_merge(unit, ready, speeds, trials))
+            if ready.at_once:
+                reading = (unit.models + 1) * unit.spec.nbytes / speeds.reading
+                second[-1] += max(0.0, first.pop() - reading)
     cores = min(ready.workers, os.cpu_count() or 1)
     written = ready.plan.output_bytes / speeds.writing
     return Forecast(_shared(first, cores), max(_shared(second, cores), written))
@@ -93,11 +96,8 @@ def _shared(seconds: list[float], cores: int) -> float:
 
 def _survey(unit: Unit, ready: Prepared, speeds: Speeds) -> float:
     fine, numel = ready.fine, unit.spec.numel
-    nbytes = fine.layout.spec(unit.name).nbytes
-    if fine.base is not fine.layout:
-        nbytes += fine.base.spec(fine.pairing.counterparts[unit.name]).nbytes
-    nbytes += sum(c.spec(own).nbytes for c, own in fine.stored(unit.name))
-    nbytes += _vector_bytes(unit, ready)
+    stored = fine.stored(unit.name)[fine.base is fine.layout :]
+    nbytes = sum(c.spec(own).nbytes for c, own in stored) + _vector_bytes(unit, ready)
     return nbytes * (1 / speeds.hashing + 1 / speeds.reading) + numel * unit.models * speeds.adding
 
 

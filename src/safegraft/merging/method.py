@@ -86,6 +86,8 @@ class Method:
             (tensors/calibration.py) or a learnt mask (tensors/mask.py), and then no vector. entrywise: whether the
             answer for some rows of a matrix depends on those rows alone, and on what ``overview`` (None: nothing)
             finds of the whole tensor beforehand, so that the engine may hand a tensor over in pieces, in order.
+        local: whether the answer depends on no figure over all tensors but α, so that fine-tunes can be fused in one
+            pass over them; the others in GlobalStats are NaN then.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Method:
     needs: Needs
     entrywise: bool
     overview: Overview | None = None
+    local: bool = False
 
     def parameters(self, given: dict[str, Any]) -> Settings:
         """The method's parameters with defaults filled in. Raises ConfigError naming every wrong one."""
@@ -119,12 +122,15 @@ def merge_method(
     needs: Needs = "vector",
     entrywise: bool = False,
     overview: Overview | None = None,
+    local: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Register a function as a merge method; see Method. Its docstring's first line is shown by `safegraft methods`."""
 
     def register(function: MethodFunction) -> MethodFunction:
         summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-        method = Method(name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview)
+        method = Method(
+            name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview, local
+        )
         METHODS.add(name, method)
         return function
 

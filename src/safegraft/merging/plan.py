@@ -48,6 +48,11 @@ class Unit:
     masked: bool = False
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """Where it is written: its name, and its copies'."""
+        return self.name, *self.also
+
+    @property
     def why(self) -> str:
         return WHY[self.action]
 

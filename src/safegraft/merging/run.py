@@ -30,7 +30,7 @@ from . import methods as _methods
 from .adapters import adapter_config, adapter_tensors, pieces, require_adaptable, write_adapter
 from .calibrated import calibrated, calibration_doubts, calibration_notes, require_calibration_alone
 from .card import model_card
-from .execute import Run, execute, merge_tensor
+from .execute import Run, execute, execute_at_once, merge_tensor
 from .lineage import cosine, doubts
 from .masked import mask_doubts, mask_notes, masked, require_mask_alone, settled
 from .method import METHODS, GlobalStats, Merged, Method
@@ -96,6 +96,14 @@ class Prepared:
     workers: int
     calibration: Calibration | None = None
     mask: Mask | None = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one pass over the inputs does: nothing that is written depends on a figure over all tensors, and
+        nobody asked for doubts before the work."""
+        pieces = all(unit.in_pieces for unit in self.plan.units if unit.action == "merge")
+        plain = self.vector is None and self.method.needs == "vector" and not self.config.strict and not self.config.ray
+        return plain and pieces and self.method.local
 
     def peak_bytes(self) -> int:
         return self.plan.peak_bytes(self.workers)
@@ -180,15 +188,19 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
     )
     folder = OutputFolder(Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume)
     with folder, Cluster(config.ray, ready.workers) if config.ray else nullcontext() as cluster:
-        found = _surveyed(ready, folder, progress)
-        warnings = _doubts(ready, found)
-        stats = _stats(ready, found)
+        at_once = ready.at_once and folder.noted("survey") is None
+        found = Survey({}) if at_once else _surveyed(ready, folder, progress)
+        warnings = [] if at_once else _doubts(ready, found)
+        stats = GlobalStats(math.nan, math.nan, 0.0) if at_once else _stats(ready, found)
         run = Run(
             fine, vector, ready.method, ready.params, found, stats, config.device, calibration=ready.calibration,
             mask=ready.mask,
         )  # fmt: skip
         count = _counter(progress, "merge", plan.output_bytes)
-        if cluster is None:
+        if at_once:
+            found, figures = execute_at_once(plan, run, folder, ready.workers, count)
+            warnings, stats = _doubts(ready, found), _stats(ready, found)
+        elif cluster is None:
             figures = execute(plan, run, folder, ready.workers, count)
         else:
             figures = cluster.execute(plan, run, folder, count)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..errors import NumericError
 from ..manifest import digest_of
@@ -94,23 +94,32 @@ def survey(fine: FineTune, vector: SafetyVector | None, workers: int, progress: 
     names.sort(key=lambda n: -layout.spec(n).nbytes)
 
     def one(name: str, workspace: Workspace) -> tuple[str, TensorStats]:
-        whole = name in fine.pairing.deltas or fine.adapter is not None or fine.fuses
-        stats = None
-        if whole and layout.is_mergeable(name):
-            in_pieces = name not in fine.pairing.deltas and fine.in_pieces(name)
-            stats = _fused(fine, name, workspace) if in_pieces else _whole(fine, vector, name, workspace)
-        stats = stats or _streamed(fine, name, workspace)
+        stats = of_tensor(fine, vector, name, workspace)
         if progress:
             progress(name, layout.spec(name).nbytes)
         return name, stats
 
-    found = dict(parallel(one, names, workers))
+    return collected(fine, dict(parallel(one, names, workers)))
+
+
+def of_tensor(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Workspace) -> TensorStats:
+    """``survey`` of one tensor."""
+    whole = name in fine.pairing.deltas or fine.adapter is not None or fine.fuses
+    stats = None
+    if whole and fine.layout.is_mergeable(name):
+        in_pieces = name not in fine.pairing.deltas and fine.in_pieces(name)
+        stats = _fused(fine, name, workspace) if in_pieces else _whole(fine, vector, name, workspace)
+    return stats or _streamed(fine, name, workspace)
+
+
+def collected(fine: FineTune, found: Mapping[str, TensorStats]) -> Survey:
+    """The survey of all tensors, from those of each."""
     adapter = sha256(fine.adapter.raw_bytes()) if fine.adapter else None
     others = [sha256(o.adapter.raw_bytes()) for o in fine.others if o.adapter]
     told = {name: stats.other_sha256 for name, stats in found.items() if stats.other_sha256}
     columns = zip(*told.values(), strict=True)
     others += [digest_of(dict(zip(told, column, strict=True))) for column in columns]  # as Survey.digests
-    return Survey({n: found[n] for n in layout.names() if n in found}, adapter, others)
+    return Survey({n: found[n] for n in fine.layout.names() if n in found}, adapter, others)
 
 
 def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
@@ -151,34 +160,50 @@ def _streamed(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
     return TensorStats(sums[0], sums[1], 0.0, 0.0, digest, digest if same else base_digest)
 
 
+class Tally:
+    """The statistics of a tensor of several fine-tunes, none of them an adapter, outside any vector, gathered while
+    somebody goes through its pieces: ``seen`` is for FineTune.pieces, ``add`` for every piece, ``ended`` for the end.
+    """
+
+    def __init__(self, fine: FineTune, name: str) -> None:
+        self.fine, self.name, self.stored = fine, name, fine.stored(name)
+        self.known = [_ahead(*each) for each in self.stored]
+        self.hashes = [hashlib.sha256() for _ in self.stored]
+        self.base_sq = self.task_sq = 0.0
+
+    def seen(self, number: int, part: Tensor) -> None:
+        if self.known[number] is None:
+            self.hashes[number].update(as_bytes(part))
+
+    def add(self, base: Tensor, tasks: Sequence[Delta]) -> None:
+        """Raises NumericError for NaN or Inf."""
+        sums = sum_of_squares(base), sum_of_squares(weighted(tasks, self.fine.weights).dense())
+        if not all(math.isfinite(s) for s in sums):
+            _require_finite(self.name, base, self.stored[0][0].label)
+            for task, (checkpoint, _) in zip(tasks, self.stored[1:], strict=True):
+                _require_finite(self.name, task.dense(), checkpoint.label)
+            raise _not_finite(self.name, self.fine.label)
+        self.base_sq, self.task_sq = self.base_sq + sums[0], self.task_sq + sums[1]
+
+    def ended(self, workspace: Workspace) -> TensorStats:
+        """Also hashes the rows that only some have."""
+        rows, shape = self.fine.rows(self.name), self.fine.layout.spec(self.name).shape
+        common = math.prod(shape) if rows is None else rows * math.prod(shape[1:])
+        for i, (checkpoint, own) in enumerate(self.stored):
+            for part in checkpoint.chunks(own, workspace, "survey.rest", common):
+                self.seen(i, part)
+        base, model, *others = (
+            known or running.hexdigest() for known, running in zip(self.known, self.hashes, strict=True)
+        )
+        return TensorStats(self.base_sq, self.task_sq, 0.0, 0.0, model, base, others)
+
+
 def _fused(fine: FineTune, name: str, workspace: Workspace) -> TensorStats:
     """A tensor of several fine-tunes, none of them an adapter, outside the vector: in pieces."""
-    stored = [(fine.base, fine.pairing.counterparts[name]), (fine.layout, name), *fine.stored(name)]
-    known = [_ahead(*each) for each in stored]
-    hashes = [hashlib.sha256() for _ in stored]
-    shape, rows = fine.layout.spec(name).shape, fine.rows(name)
-    left = math.prod(shape) if rows is None else rows * math.prod(shape[1:])
-    streams = [c.chunks(own, workspace, f"survey.{i}") for i, (c, own) in enumerate(stored)]
-    base_sq = task_sq = 0.0
-    for parts in zip_longest(*streams):
-        for part, running, done in zip(parts, hashes, known, strict=True):
-            if part is not None and done is None:
-                running.update(as_bytes(part))
-        if left <= 0:
-            continue
-        base, *tuned = [part[:left].float() for part in parts]
-        left -= len(base)
-        part_sq, total = sum_of_squares(base), torch.zeros_like(base)
-        for one, weight in zip(tuned, fine.weights, strict=True):
-            total.add_(torch.sub(one, base, out=one), alpha=weight)
-        sums = part_sq, sum_of_squares(total)
-        if not all(math.isfinite(s) for s in sums):
-            for value, (checkpoint, _) in zip((base, *tuned), stored, strict=True):
-                _require_finite(name, value, checkpoint.label)
-            raise _not_finite(name, fine.label)
-        base_sq, task_sq = base_sq + sums[0], task_sq + sums[1]
-    base_digest, model, *others = (k or running.hexdigest() for k, running in zip(known, hashes, strict=True))
-    return TensorStats(base_sq, task_sq, 0.0, 0.0, model, base_digest, others)
+    tally = Tally(fine, name)
+    for base, tasks, _ in fine.pieces(name, None, workspace, tally.seen):
+        tally.add(base, tasks)
+    return tally.ended(workspace)
 
 
 def _ahead(checkpoint: Checkpoint, name: str) -> str | None:
@@ -205,7 +230,7 @@ def _whole(fine: FineTune, vector: SafetyVector | None, name: str, workspace: Wo
     model_digest = base_digest = _digest(fine.layout, name, workspace)
     if fine.base is not fine.layout:
         base_digest = _digest(fine.base, fine.pairing.counterparts[name], workspace)
-    others = [_digest(checkpoint, own, workspace) for checkpoint, own in fine.stored(name)]
+    others = [_digest(checkpoint, own, workspace) for checkpoint, own in fine.stored(name)[2:]]
     base_sq = sum_of_squares(base)
     for one, tuned in zip(tasks, (fine, *fine.others), strict=True):
         if not math.isfinite(one.norm()):
@@ -251,9 +276,7 @@ def inner(a: Delta, b: Delta) -> float:
     return a.scale * b.scale * float(value)
 
 
-def _aligned(
-    ours: Iterator[torch.Tensor], theirs: Iterator[torch.Tensor] | None
-) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+def _aligned(ours: Iterator[Tensor], theirs: Iterator[Tensor] | None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     while True:
         a = next(ours, None)
         b = None if theirs is None else next(theirs, None)
@@ -262,7 +285,7 @@ def _aligned(
         yield a, b
 
 
-def _require_finite(name: str, value: torch.Tensor | None, label: str) -> None:
+def _require_finite(name: str, value: Tensor | None, label: str) -> None:
     if value is not None and not all_finite(value):
         raise _not_finite(name, label)
 

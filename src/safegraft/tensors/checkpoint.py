@@ -157,13 +157,6 @@ class Checkpoint:
         shard.read_into(as_bytes(out), entry.offset + first * entry.spec.dtype.itemsize)
         return out
 
-    def part_float(self, name: str, first: int, count: int, workspace: Workspace, slot: str) -> Tensor:
-        """As ``part``, in float32."""
-        if self.spec(name).dtype == torch.float32:
-            return self.part(name, first, count, workspace, slot)
-        raw = self.part(name, first, count, workspace, f"{slot}.raw")
-        return workspace.take(slot, [count], torch.float32).copy_(raw)
-
     def counterpart(self, name: str) -> str | None:
         """This checkpoint's name for ``name``: itself, or the embedding that a tied head shares."""
         if name in self._where:

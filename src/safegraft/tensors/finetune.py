@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MismatchError
@@ -17,6 +18,9 @@ from .compat import Pairing, pair
 from .lowrank import Delta
 from .source import Workspace
 from .vector import SafetyVector
+
+Seen = Callable[[int, Tensor], None]
+"""Called with the number of a checkpoint and some of a tensor's entries, flat, in their stored dtype."""
 
 PIECE = 1 << 18
 """Entries of a tensor that a method is given at a time where it goes entry by entry; for TIES fewer are slower."""
@@ -131,25 +135,29 @@ class FineTune:
         ]
 
     def pieces(
-        self, name: str, vector: SafetyVector | None, workspace: Workspace
+        self, name: str, vector: SafetyVector | None, workspace: Workspace, seen: Seen | None = None
     ) -> Iterator[tuple[Tensor, list[Delta], Delta]]:
         """``(W_b, [τ of every fine-tune], Δ)`` of ``name`` over its common rows, a few rows at a time.
 
         For tensors of one or two dimensions, of checkpoints (see ``in_pieces``). Δ is zero without a ``vector``.
+        ``seen`` is shown what was read of every checkpoint of ``stored``.
         """
-        there, mine = self.pairing.counterparts[name], (self, *self.others)
         shape, rows = self.layout.spec(name).shape, self.rows(name)
         width = math.prod(shape[1:])
         step, rows = max(1, PIECE // width), shape[0] if rows is None else rows
         for start in range(0, rows, step):
             count = min(step, rows - start)
             place, form = (start * width, count * width), (count, *shape[1:])
-            base = self.base.part_float(there, *place, workspace, "base").view(form)
-            tasks = []
-            for i, fine in enumerate(mine):
-                own = fine._name(name, there) or name
-                tuned = fine.layout.part_float(own, *place, workspace, f"task{i or ''}").view(form)
-                tasks.append(Delta(form, full=tuned.sub_(base)))
+            stored = []
+            for i, (checkpoint, own) in enumerate(self.stored(name)):
+                part = checkpoint.part(own, *place, workspace, f"piece{i}")
+                if seen is not None:
+                    seen(i, part)
+                if part.dtype != torch.float32:
+                    part = workspace.take(f"piece{i}.float", part.shape, torch.float32).copy_(part)
+                stored.append(part.view(form))
+            base, *tuned = stored
+            tasks = [Delta(form, full=one.sub_(base)) for one in tuned]
             safety = Delta(form) if vector is None else vector.rows(self.pairing.deltas[name], start, count, workspace)
             yield base, tasks, safety
 
@@ -159,9 +167,11 @@ class FineTune:
         return plain and all(fine.adapter is None for fine in (self, *self.others))
 
     def stored(self, name: str) -> list[tuple[Checkpoint, str]]:
-        """Where the further fine-tunes that are checkpoints keep ``name``: ``(checkpoint, its name there)``."""
+        """Where ``name`` is kept: ``(checkpoint, its name there)`` of the base, of ``layout``, and of the further
+        fine-tunes that are checkpoints."""
         there = self.pairing.counterparts[name]
-        return [(o.layout, o._name(name, there) or name) for o in self.others if o.adapter is None]
+        others = [(o.layout, o._name(name, there) or name) for o in self.others if o.adapter is None]
+        return [(self.base, there), (self.layout, name), *others]
 
     def _delta(self, name: str, base: Tensor, workspace: Workspace, slot: str) -> Delta:
         if self.adapter is not None:

@@ -44,6 +44,7 @@ def resta(t: TensorTriple, p: Resta, stats: GlobalStats) -> Merged | None:
     match_norm=False,
     fuses=True,
     entrywise=True,
+    local=True,
 )
 def task_arithmetic(t: TensorTriple, p: NoParameters, stats: GlobalStats) -> Merged | None:
     """Add the weighted task deltas of one or several fine-tunes and the vector: W_b + Σ wᵢτᵢ + s."""

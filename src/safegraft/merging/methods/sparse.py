@@ -54,7 +54,7 @@ def _stays(triples: Callable[[], Iterable[TensorTriple]], p: Ties | Breadcrumbs)
 
 @merge_method(
     "ties", params=Ties, paper="arXiv:2306.01708", strength=1.0, match_norm=False, fuses=True, entrywise=True,
-    overview=_stays,
+    overview=_stays, local=True,
 )  # fmt: skip
 def ties(t: TensorTriple, p: Ties, stats: GlobalStats) -> Merged | None:
     """Keep each delta's largest entries, elect a sign for every weight, average the deltas that agree with it."""
@@ -80,7 +80,7 @@ def dare_ties(t: TensorTriple, p: Dare, stats: GlobalStats) -> Merged | None:
 
 @merge_method(
     "breadcrumbs", params=Breadcrumbs, paper="arXiv:2312.06795", strength=1.0, match_norm=False, fuses=True,
-    entrywise=True, overview=_stays,
+    entrywise=True, overview=_stays, local=True,
 )  # fmt: skip
 def breadcrumbs(t: TensorTriple, p: Breadcrumbs, stats: GlobalStats) -> Merged | None:
     """Remove each delta's largest and smallest entries, and add what is left."""
