@@ -12,8 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from merge import measure
-from synthetic import four
+from merge import make, measure
 
 METHODS = {"task_arithmetic": "", "ties": ", density: 0.5"}
 
@@ -28,7 +27,7 @@ def main() -> None:
     work.mkdir(parents=True)
     models = arguments.models or work / "models"
     if arguments.models is None:
-        four(models, 30)
+        make(models, 30)
     print(f"{'method':18}{'program':12}{'wall':>8}{'peak RSS':>11}{'wall / ours':>13}{'memory / ours':>15}")
     for method, more in METHODS.items():
         config = work / f"{method}.yaml"
