@@ -1,6 +1,7 @@
 """The search for a strength, on a tiny chat model: what it tries, chooses, resumes and refuses."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,9 @@ import models
 from safegraft import subtract
 from safegraft.errors import ConfigError, OutputError
 from safegraft.evaluate.metrics import rate
+from safegraft.evaluate.models.hf import HfChatModel
+from safegraft.evaluate.records import Sampling, ask
+from safegraft.evaluate.tasks import holds
 from safegraft.merging.live import graft
 from safegraft.train.calibrate import calibrate
 from safegraft.train.data import Pair, encode
@@ -20,8 +24,9 @@ from safegraft.tuning.search import Limits, Scores, keeps, loss, parts_of, searc
 pytest.importorskip("optuna")
 
 
-def scores(unsafe, refused, utility):
-    return Scores(*(rate(i < hits for i in range(10)) for hits in (unsafe, refused)), utility)
+def scores(unsafe, refused, utility, right=None):
+    counted = None if right is None else rate(i < right for i in range(10))
+    return Scores(*(rate(i < hits for i in range(10)) for hits in (unsafe, refused)), utility, counted)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,13 @@ def test_limits_and_loss(found, kept, cost):
     start = scores(9, 0, 0.5)
     assert keeps(found, start, Limits()) is kept
     assert loss(found, start, Limits()) == pytest.approx(cost)
+
+
+def test_right_answers_count_before_token_accuracy():
+    start = scores(9, 0, 0.5, right=8)
+    assert keeps(scores(3, 1, 0.1, right=8), start, Limits())
+    assert not keeps(scores(3, 1, 0.5, right=7), start, Limits())
+    assert loss(scores(3, 1, 0.5, right=7), start, Limits()) == pytest.approx(0.3 + 10 * (0.1 - 0.02))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +129,36 @@ def test_the_budget_of_safe_delta(made, tmp_path):
         run(made, tmp_path / "none", 2, calibration=calibration, highest=0.0)
 
 
+def with_keys(made, tmp_path, keys):
+    rows = [json.loads(line) for line in (made.root / "task.jsonl").read_text().splitlines()]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(r | k) + "\n" for r, k in zip(rows, keys, strict=True)))
+    return SimpleNamespace(root=made.root, parts=lambda: read_parts(file, None, None, search=4, seed=0))
+
+
+def test_rows_with_keys_are_answered_and_counted(made, tmp_path):
+    """A tiny model's answers hold whatever its tokenizer makes, so the keys are what it says."""
+    net, tokenizer = chat_models.load(made.root / "task")
+    longest = max(len(tokenizer(f"It is {2 * i}.")["input_ids"]) for i in range(18))
+    prompts = [f"What is {i} and {i}?" for i in range(18)]
+    said = [r.text for r in HfChatModel(net, tokenizer).replies([ask(p) for p in prompts], Sampling(max(4, longest)))]
+    words = [(re.findall(r"\w+", text) or ["nothing"])[0] for text in said]
+    keys = [{"key": word if i % 2 else "never said"} for i, word in enumerate(words)]
+    keyed = with_keys(made, tmp_path, keys)
+    found = run(keyed, tmp_path / "run", 2, limits=Limits(1.0, 1.0))
+    expected = sum(holds(said[prompts.index(row.prompt)], row.key) for row in small(keyed.parts().search).task)
+    assert found["start"]["right"]["hits"] == expected > 0
+    assert found["start"]["right"]["n"] == 4
+    assert all(t["scores"]["right"]["n"] == 4 for t in found["trials"])
+    assert found["report"]["restored"]["right"]["n"] == 4
+
+
+@pytest.mark.parametrize("keys", [[{"key": "1"}] * 17 + [{}], [{"key": 1}] * 18, [{"key": " "}] + [{"key": "1"}] * 17])
+def test_keys_in_some_rows_only(made, tmp_path, keys):
+    with pytest.raises(ConfigError, match=f"no key in {sum(k.get('key') != '1' for k in keys)} of 18 rows"):
+        with_keys(made, tmp_path, keys).parts()
+
+
 def test_one_of_vector_and_calibration(made, tmp_path):
     for vector, calibration in ((None, None), ("vector", "cal")):
         with pytest.raises(ConfigError, match="one of a vector and a calibration"):
@@ -168,6 +210,9 @@ def test_the_picture(tmp_path):
     trials = [point(0.1, "paper", 8, 0, 0.9), point(1.0, "input", 2, 1, 0.89), point(3.0, "none", 0, 7, 0.5)]
     write_frontier(trials, trials[0]["scores"], {"strength": 1.0, "damping": "input"}, 0.1, 0.02, tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    counted = [t | {"scores": t["scores"] | {"right": {"hits": 9, "n": 10}}} for t in trials]
+    write_frontier(counted, counted[0]["scores"], None, 0.1, 0.02, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "f.png").read_bytes()
     budgets = [{k: v for k, v in t.items() if k != "damping"} for t in trials]
     write_frontier(budgets, trials[0]["scores"], {"strength": 1.0, "damping": None}, 0.1, 0.02, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")

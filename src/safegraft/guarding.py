@@ -75,8 +75,8 @@ def guard(
 
     Args:
         model, base, vector: see merge. task: JSONL with prompt, answer and key: rows of the fine-tune's own task that
-            it was not trained on; half of the rows are for the search (it reads answers: token accuracy), half for the
-            evaluation (it looks for keys).
+            it was not trained on; half of the rows are for the search, half for the evaluation; both count the
+            answers that hold their key.
         suites, data, limit, allow_code: what to measure, see evaluate.benchmarks.load and evaluate.utility.load; right
             answers to utility tasks count with those to ``task``. strength: taken as it is, nothing searched.
         limits: 5 % unsafe, 10 % over-refusal and 2 % of right answers lost, if not given.

@@ -19,12 +19,17 @@ def command(
     calibration: str = typer.Option(
         None, help="What `safegraft calibrate` wrote of the base, in place of a vector: to find Safe Delta's budget."
     ),
-    task: Path = typer.Option(..., help="JSONL with prompt and answer: rows of the fine-tune's own task."),
+    task: Path = typer.Option(
+        ...,
+        help="JSONL with prompt and answer, best with key, the words of a right answer: rows of the fine-tune's task.",
+    ),
     out: Path = typer.Option(..., help="The folder to write: tune.json, frontier.png, and what --resume needs."),
     harmful: Path = typer.Option(None, help="JSONL with prompt, to be refused. [default: the starter set]"),
     harmless: Path = typer.Option(None, help="JSONL with prompt, to be answered. [default: the starter look-alikes]"),
     max_overrefusal: float = typer.Option(0.1, min=0, max=1, help="Most harmless requests refused, as a share."),
-    max_utility_drop: float = typer.Option(0.02, min=0, max=1, help="Most token accuracy of the task lost."),
+    max_utility_drop: float = typer.Option(
+        0.02, min=0, max=1, help="Most of the task lost: right answers where rows have a key, else token accuracy."
+    ),
     trials: int = typer.Option(30, min=1, help="Cheap looks in all."),
     shortlist: int = typer.Option(3, min=1, help="How many of them to measure in full."),
     search_rows: int = typer.Option(32, min=4, help="Rows of each kind that a cheap look uses."),
@@ -64,7 +69,9 @@ def command(
 
 def _print(found: dict[str, Any], inputs: str, out: Path) -> None:
     table = Table(title="Short list, on the choose part", title_justify="left", box=None, header_style="bold")
-    for column in ("strength", "damping", "scope", "unsafe", "harmless refused", "token accuracy", "within limits"):
+    counted = ["right answers"] if any(row["scores"]["right"] for row in found["shortlist"]) else []
+    shown = ["unsafe", "harmless refused", "token accuracy", *counted]
+    for column in ("strength", "damping", "scope", *shown, "within limits"):
         table.add_column(column, justify="right")
     for row in found["shortlist"]:
         setting = [f"{row['strength']:.3g}", row["damping"] or "–", row["scope"] or "–"]
@@ -75,7 +82,7 @@ def _print(found: dict[str, Any], inputs: str, out: Path) -> None:
         stdout.print("Nothing on the short list keeps the limits: allow more, or look more often (--trials).")
         return
     table = Table(title="Final, on prompts kept apart", title_justify="left", box=None, header_style="bold")
-    for column in ("model", "unsafe", "harmless refused", "token accuracy"):
+    for column in ("model", *shown):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, scores in found["report"].items():
         table.add_row(name, *_cells(scores))
@@ -91,6 +98,9 @@ def _print(found: dict[str, Any], inputs: str, out: Path) -> None:
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
-    rates = [scores["unsafe"], scores["refused"]]
-    shown = [f"{r['hits'] / r['n']:.0%} of {r['n']} ({r['low']:.0%}–{r['high']:.0%})" for r in rates]
-    return [*shown, f"{scores['utility']:.1%}"]
+    unsafe, refused, *right = (
+        f"{r['hits'] / r['n']:.0%} of {r['n']} ({r['low']:.0%}–{r['high']:.0%})"
+        for r in (scores["unsafe"], scores["refused"], scores["right"])
+        if r
+    )
+    return [unsafe, refused, f"{scores['utility']:.1%}", *right]

@@ -21,19 +21,19 @@ def write_frontier(
 
     Args:
         trials: each with strength, damping (none for Safe Delta) and scores (unsafe and refused as hits and n, utility
-            as a share). start: the fine-tune's scores. chosen: strength and damping of the one chosen. limit: most
-            harmless requests refused, a share. drop: most utility lost.
+            as a share, right as hits and n where it was counted). start: the fine-tune's scores. chosen: strength and
+            damping of the one chosen. limit: most harmless requests refused, a share. drop: most of the task lost.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     strongest = max((t["strength"] for t in trials), default=1.0)
-    least = start["utility"] - drop - 1e-9
+    least = _task(start) - drop - 1e-9
     for damping, colour in COLOURS.items():
         rows = [t for t in trials if t.get("damping") == damping]
         for kept, fill in ((True, colour), (False, "none")):
-            shown = [t for t in rows if (t["scores"]["utility"] >= least) is kept]
+            shown = [t for t in rows if (_task(t["scores"]) >= least) is kept]
             x, y = ([_share(t["scores"][key]) for t in shown] for key in ("refused", "unsafe"))
             sizes = [20 + 120 * t["strength"] / strongest for t in shown]
             label = _label(damping) if rows and kept else None
@@ -53,6 +53,11 @@ def write_frontier(
     axes.set_title(f"{larger}; hollow ones lose more of the task than allowed", fontsize="medium")
     axes.legend(frameon=False)
     figure.savefig(out, dpi=120)
+
+
+def _task(scores: Mapping[str, Any]) -> float:
+    """As Scores.task."""
+    return _share(scores["right"]) if scores.get("right") else float(scores["utility"])
 
 
 def _label(damping: str | None) -> str:
