@@ -1,5 +1,6 @@
 """Digests worked out ahead are those of the bytes, and are forgotten when a file changes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -75,6 +76,27 @@ def test_it_does_not_outlive_its_parent(tmp_path):
     assert subprocess.run(command, capture_output=True, check=True).stdout == b""
     command[2] = str(os.getpid())
     assert subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def test_no_room_for_a_file_or_a_process(tiny, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for where in ("tempfile.TemporaryFile", "subprocess.Popen"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"safegraft.tensors.ahead.{where}", full)
+            with ahead.hashing([tiny("llama")]):
+                assert not ahead._running
+    assert not ahead._known
+
+
+def test_a_torn_line_is_passed_over(tiny):
+    with ahead.hashing([tiny("llama")]):
+        ((process, output),) = ahead._running
+        process.wait()
+        output.seek(0, os.SEEK_END)
+        output.write(b"[[1, 2, 3")
+    assert len(ahead._known) == len(Checkpoint(tiny("llama")).names())
 
 
 def test_a_merge_writes_the_same_either_way(trio, tmp_path):

@@ -34,7 +34,8 @@ def command(
     shortlist: int = typer.Option(3, min=1, help="How many of them to measure in full."),
     search_rows: int = typer.Option(32, min=4, help="Rows of each kind that a cheap look uses."),
     highest: float = typer.Option(
-        None, help="Largest strength tried. [default: 4 times ‖τ‖ for a vector; ‖τ‖/‖W‖ for Safe Delta's budget]"
+        None,
+        help="Largest strength tried. [default: 4 times ‖τ‖ for a vector; 1.5 times ‖τ‖/‖W‖ for Safe Delta's budget]",
     ),
     seed: int = typer.Option(0, help="Of the split and the search."),
     resume: bool = typer.Option(False, "--resume", help="Go on with a search that was stopped."),

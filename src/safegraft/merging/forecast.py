@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..tensors.checkpoint import CHUNK
 from ..tensors.files import ShardFile
 from ..tensors.lowrank import Delta, LowRank, Svd, sum_of_squares
 from ..tensors.mask import Masking
@@ -198,9 +199,9 @@ def measured(shard: ShardFile, out: Path) -> Speeds:
             os.fsync(file.fileno())
 
         writing = PROBE / _seconds(write, once=True)
-    a = torch.ones(1 << 20, dtype=torch.bfloat16)
-    b = torch.ones(1 << 20)
-    x = torch.empty(1 << 20)
+    a = torch.ones(CHUNK, dtype=torch.bfloat16)
+    b = torch.ones(CHUNK)
+    x = torch.empty(CHUNK)
     adding = _seconds(lambda: (sum_of_squares(x.copy_(a).sub_(b)), sum_of_squares(b)))
     storing = _seconds(lambda: all_finite(a.copy_(x.copy_(a).sub_(b).add_(b))))
     return Speeds(hashing, reading, writing, adding / x.numel(), storing / x.numel())

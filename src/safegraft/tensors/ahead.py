@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,14 +31,20 @@ def hashing(folders: Iterable[str | Path]) -> Iterator[None]:
     """Hash the safetensors files of those ``folders`` that are folders here, until ``stop`` or the end of the block."""
     files = [file for folder in folders if Path(folder).is_dir() for file in sorted(Path(folder).glob("*.safetensors"))]
     if files and sys.executable:
-        command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, files)]
-        output = tempfile.TemporaryFile()  # noqa: SIM115
-        quiet = subprocess.DEVNULL
-        _running.append((subprocess.Popen(command, stdin=quiet, stdout=output, stderr=quiet), output))
+        with suppress(OSError):  # no room for a file or a process: all is hashed when it is read
+            _start(files)
     try:
         yield
     finally:
         stop()
+
+
+def _start(files: list[Path]) -> None:
+    command, quiet = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, files)], subprocess.DEVNULL
+    with ExitStack() as opened:
+        output = opened.enter_context(tempfile.TemporaryFile())
+        _running.append((subprocess.Popen(command, stdin=quiet, stdout=output, stderr=quiet), output))
+        opened.pop_all()
 
 
 def stop() -> None:
@@ -49,7 +55,10 @@ def stop() -> None:
         process.wait()
         with output:
             output.seek(0)
-            _known.update((tuple(key), digest) for key, digest in map(json.loads, output.read().splitlines()))
+            for line in output.read().splitlines():
+                with suppress(ValueError):  # torn by a full disk
+                    key, digest = json.loads(line)
+                    _known[tuple(key)] = digest
 
 
 def known(fd: int, offset: int, nbytes: int) -> str | None:

@@ -148,7 +148,7 @@ def search(
     Args:
         loaded: the fine-tune and its tokenizer, as transformers loads them. model, base, vector: as in merge.
         trials: looks in all, those of a resumed search counted. highest: largest strength tried, a share of ‖τ‖ (None:
-            4) or a budget (None: ‖τ‖/‖W_b‖, above which Safe Delta accepts nearly all).
+            4) or a budget (None: 1.5·‖τ‖/‖W_b‖, for what was of use: docs/results/safe_delta.md).
 
     Returns:
         What tune.json holds; ``chosen`` is None where nothing on the short list keeps the limits.
@@ -204,8 +204,8 @@ def search(
 
 MINIMUM, MAXIMUM = 0.02, 4.0
 """Smallest and largest strength of a vector tried."""
-SPAN = 50
-"""Largest budget tried over the smallest."""
+REACH, SPAN = 1.5, 20
+"""Largest budget tried, times ‖τ‖/‖W_b‖, and that over the smallest."""
 
 
 class _Look:
@@ -268,7 +268,7 @@ def _put(live: Graft, setting: Setting) -> str:
 
 def _space(live: Graft, highest: float | None) -> Space:
     if live.calibration is not None:
-        top = highest or live.change()
+        top = highest or REACH * live.change()
         return Space(top / SPAN, top)
     return Space(MINIMUM, highest or MAXIMUM, tuple(DAMPING), tuple(parts_of(live.names)))
 
