@@ -7,17 +7,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safegraft import merge
 from safegraft.tensors.files import build_layout
 from safegraft.tensors.scopes import in_scope
 from safegraft.tensors.shards import sha256
 from safegraft.tensors.source import TensorSpec, as_bytes
 from safegraft.tensors.vector import KIND, VECTOR
-from safegraft.tensors.writer import JOURNAL
+from safegraft.tensors.writer import JOURNAL, OutputFolder
 
 COMMON = {
     "vocab_size": 64,
@@ -182,6 +184,27 @@ def same_model(out: Path, expected: Path) -> None:
     a, b = json.loads(ours["manifest.json"]), json.loads(theirs["manifest.json"])
     for key in ("kind", "outputs", "result", "inputs", "versions", "seed"):
         assert a[key] == b[key], key
+
+
+class Stop(BaseException):
+    """Stands for a kill where only what is left on the disk matters."""
+
+
+def interrupted(out, monkeypatch, after, **settings):
+    """Merge, and stop in the middle, once ``after`` tensors are done. Returns the unfinished output."""
+    real = OutputFolder.done
+
+    def done(self, *args):
+        real(self, *args)
+        if len(self.finished) == after:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "done", done)
+        with pytest.raises(Stop):
+            merge(out=out, workers=1, **settings)
+    assert not out.exists()
+    return out.with_name(out.name + ".partial")
 
 
 def journalled(partial: Path) -> set[str]:

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import finetuned, journalled, leftovers, rewritten, same_model
+from models import finetuned, interrupted, journalled, leftovers, rewritten, same_model
 from safegraft import merge
 from safegraft.errors import LineageError, NumericError
 from safegraft.merging.execute import execute_at_once
 from safegraft.merging.method import METHODS
 from safegraft.tensors.verify import verify
-from safegraft.tensors.writer import OutputFolder
 
 SETTINGS = {"method": "task_arithmetic", "weights": [0.5, 0.25]}
 
@@ -64,22 +63,8 @@ def test_two_passes_where_one_does_not_do(pair, tmp_path, more):
 @pytest.mark.parametrize("strict", [False, True])
 def test_resumed_in_the_middle(pair, twice, tmp_path, monkeypatch, strict):
     """A strict run has surveyed all by then; going on without it does not do so again."""
-
-    class Stop(BaseException):
-        pass
-
-    real = OutputFolder.done
-
-    def done(self, *args):
-        real(self, *args)
-        if len(self.finished) == 5:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "done", done)
-        with pytest.raises(Stop):
-            merge(**pair, out=tmp_path / "out", **SETTINGS, workers=1, strict=strict)
-    assert len(journalled(tmp_path / "out.partial")) == 5
+    partial = interrupted(tmp_path / "out", monkeypatch, 5, **pair, **SETTINGS, strict=strict)
+    assert len(journalled(partial)) == 5
     called = []
 
     def noting(*args):

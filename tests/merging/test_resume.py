@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from models import files_of, finetuned, journalled, leftovers, same_model, unaligned
+from models import files_of, finetuned, interrupted, journalled, leftovers, same_model, unaligned
 from safegraft import merge, subtract
 from safegraft.errors import OutputError
 from safegraft.tensors.writer import OutputFolder
@@ -86,27 +86,6 @@ def killed(inputs, out, where, count=1, workers=1):
     paths = [inputs.task, inputs.vector, out, inputs.base, where, count, workers]
     done = subprocess.run([sys.executable, "-c", CHILD, *map(str, paths)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not out.exists()
-    return out.with_name(out.name + ".partial")
-
-
-class Stop(BaseException):
-    """Stands for a kill where only what is left on the disk matters."""
-
-
-def interrupted(out, monkeypatch, after, **settings):
-    """The same in this process: stop once ``after`` tensors are done."""
-    real = OutputFolder.done
-
-    def done(self, *args):
-        real(self, *args)
-        if len(self.finished) == after:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "done", done)
-        with pytest.raises(Stop):
-            merge(out=out, workers=1, **settings)
     assert not out.exists()
     return out.with_name(out.name + ".partial")
 
