@@ -80,6 +80,12 @@ def test_by_hand(trio, tmp_path, monkeypatch):
     assert told.survey == pytest.approx((2 * sum(sizes.values()) + sum(stored.values())) * (1 / 4 + 1 / 2))
     copied = sum(sizes.values()) - changed
     assert told.merge == pytest.approx(copied / 2 * 2 + (2 * changed + sum(stored.values())) / 2 + changed / 4)
+    assert told.total == pytest.approx(module.START + told.survey + told.merge)  # one core has none for hashing ahead
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    ready = prepare(load(MergeConfig, None, given | {"workers": 2, "method": "norm_matched"}))
+    assert forecast(ready).ahead == pytest.approx(module.START / 2)  # more to hash than the start lasts
+    monkeypatch.setattr(module, "measured", lambda *_: Speeds(1e9, 2.0, 1e9, 0.0, 0.0))
+    assert 0 < forecast(ready).ahead < 0.001
 
 
 @pytest.mark.parametrize(("cost", "power"), [(lambda n: n**2, 2), (lambda n: n**3, 3)])

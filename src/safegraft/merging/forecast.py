@@ -36,7 +36,7 @@ from .survey import single_threaded
 if TYPE_CHECKING:
     from .run import Prepared
 
-START = 2.0
+START = 1.6
 """Seconds until Python has loaded torch and the inputs' headers are read."""
 PROBE = 32 << 20
 """Bytes that are read, hashed and written to learn the speeds."""
@@ -63,14 +63,18 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of the two passes, the first being none where one is enough; ``total`` is what a command takes in all."""
+    """Seconds of the two passes, the first being none where one is enough; ``total`` is what a command takes in all.
+
+    ``ahead``: of these, what is done while Python loads torch (tensors/ahead.py).
+    """
 
     survey: float
     merge: float
+    ahead: float = 0.0
 
     @property
     def total(self) -> float:
-        return START + self.survey + self.merge
+        return START + self.survey + self.merge - self.ahead
 
 
 def forecast(ready: Prepared) -> Forecast:
@@ -87,7 +91,9 @@ def forecast(ready: Prepared) -> Forecast:
                 second[-1] += max(0.0, first.pop() - reading)
     cores = min(ready.workers, os.cpu_count() or 1)
     written = ready.plan.output_bytes / speeds.writing
-    return Forecast(_shared(first, cores), max(_shared(second, cores), written))
+    hashing = sum(_input_bytes(unit, ready) for unit in ready.plan.units) / speeds.hashing
+    ahead = min(hashing, START) / cores if cores > 1 else 0.0
+    return Forecast(_shared(first, cores), max(_shared(second, cores), written), ahead)
 
 
 def _shared(seconds: list[float], cores: int) -> float:
@@ -96,10 +102,14 @@ def _shared(seconds: list[float], cores: int) -> float:
 
 
 def _survey(unit: Unit, ready: Prepared, speeds: Speeds) -> float:
-    fine, numel = ready.fine, unit.spec.numel
+    work = unit.spec.numel * unit.models * speeds.adding
+    return _input_bytes(unit, ready) * (1 / speeds.hashing + 1 / speeds.reading) + work
+
+
+def _input_bytes(unit: Unit, ready: Prepared) -> int:
+    fine = ready.fine
     stored = fine.stored(unit.name)[fine.base is fine.layout :]
-    nbytes = sum(c.spec(own).nbytes for c, own in stored) + _vector_bytes(unit, ready)
-    return nbytes * (1 / speeds.hashing + 1 / speeds.reading) + numel * unit.models * speeds.adding
+    return sum(c.spec(own).nbytes for c, own in stored) + _vector_bytes(unit, ready)
 
 
 def _merge(unit: Unit, ready: Prepared, speeds: Speeds, trials: dict[tuple[int, ...], float]) -> float:
