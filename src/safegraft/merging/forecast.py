@@ -82,16 +82,16 @@ def forecast(ready: Prepared) -> Forecast:
     with single_threaded():
         speeds = measured(next(iter(ready.fine.layout.shards.values())), Path(ready.config.out))
         trials: dict[tuple[int, ...], float] = {}
-        first, second = [], []
+        first, second, hashing = [], [], 0.0
         for unit in ready.plan.units:
-            first.append(_survey(unit, ready, speeds))
-            second.append(_merge(unit, ready, speeds, trials))
-            if ready.at_once:
-                reading = (unit.models + 1) * unit.spec.nbytes / speeds.reading
-                second[-1] += max(0.0, first.pop() - reading)
+            nbytes = _input_bytes(unit, ready)
+            gathering = nbytes / speeds.hashing + unit.spec.numel * unit.models * speeds.adding
+            merging = _merge(unit, ready, speeds, trials)
+            first.append(0.0 if ready.at_once else nbytes / speeds.reading + gathering)
+            second.append(merging + gathering if ready.at_once else merging)
+            hashing += nbytes / speeds.hashing
     cores = min(ready.workers, os.cpu_count() or 1)
     written = ready.plan.output_bytes / speeds.writing
-    hashing = sum(_input_bytes(unit, ready) for unit in ready.plan.units) / speeds.hashing
     ahead = min(hashing, START) / cores if cores > 1 else 0.0
     return Forecast(_shared(first, cores), max(_shared(second, cores), written), ahead)
 
@@ -99,11 +99,6 @@ def forecast(ready: Prepared) -> Forecast:
 def _shared(seconds: list[float], cores: int) -> float:
     """Work on several cores: evenly spread, but no tensor on two of them."""
     return max(sum(seconds) / cores, max(seconds, default=0.0))
-
-
-def _survey(unit: Unit, ready: Prepared, speeds: Speeds) -> float:
-    work = unit.spec.numel * unit.models * speeds.adding
-    return _input_bytes(unit, ready) * (1 / speeds.hashing + 1 / speeds.reading) + work
 
 
 def _input_bytes(unit: Unit, ready: Prepared) -> int:

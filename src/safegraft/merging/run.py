@@ -189,9 +189,11 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
     folder = OutputFolder(Path(config.out), plan.layouts, identity=identity, force=config.force, resume=config.resume)
     with folder, Cluster(config.ray, ready.workers) if config.ray else nullcontext() as cluster:
         at_once = ready.at_once and folder.noted("survey") is None
-        found = Survey({}) if at_once else _surveyed(ready, folder, progress)
-        warnings = [] if at_once else _doubts(ready, found)
-        stats = GlobalStats(math.nan, math.nan, 0.0) if at_once else _stats(ready, found)
+        if at_once:
+            found, stats = Survey({}), GlobalStats(math.nan, math.nan, 0.0)
+        else:
+            found = _surveyed(ready, folder, progress)
+            warnings, stats = _doubts(ready, found), _stats(ready, found)
         run = Run(
             fine, vector, ready.method, ready.params, found, stats, config.device, calibration=ready.calibration,
             mask=ready.mask,

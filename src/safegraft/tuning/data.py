@@ -19,7 +19,7 @@ LEAST = 12
 
 
 @dataclass(frozen=True)
-class TaskRow(Pair):
+class KeyedPair(Pair):
     """``key``: words that a right answer holds; "" where rows have none."""
 
     key: str = ""
@@ -31,7 +31,7 @@ class Part:
 
     harmful: list[str]
     harmless: list[str]
-    task: list[TaskRow]
+    task: list[KeyedPair]
 
     @property
     def has_keys(self) -> bool:
@@ -74,7 +74,7 @@ def read_parts(task: Path, harmful_file: Path | None, harmless_file: Path | None
     return Parts(*(Part(split[0][i], split[1][i], tasks[i]) for i in range(3)))
 
 
-def _task_rows(task: Path) -> list[TaskRow]:
+def _task_rows(task: Path) -> list[KeyedPair]:
     pairs = read_rows(task, answers=True, least=LEAST)
     lines = [json.loads(line) for line in task.read_text(encoding="utf-8").splitlines() if line.strip()]
     keys = [line.get("key", "") for line in lines]
@@ -84,7 +84,7 @@ def _task_rows(task: Path) -> list[TaskRow]:
             f"{task} has no key in {len(lacking)} of {len(keys)} rows: {', '.join(lacking[:20])}",
             "Give all rows a key, the words that a right answer holds, or none.",
         )
-    return [TaskRow(prompt, answer, key) for (prompt, answer), key in zip(pairs, keys, strict=True)]
+    return [KeyedPair(prompt, answer, key) for (prompt, answer), key in zip(pairs, keys, strict=True)]
 
 
 def _three(rows: Sequence[T], search: int, seed: int) -> tuple[list[T], list[T], list[T]]:

@@ -22,7 +22,7 @@ from ..merging.live import Graft, graft, require_one
 from ..runs import claim
 from ..tensors.scopes import Scope, in_scope
 from ..train.data import Conversations, Pair
-from .data import Part, Parts, TaskRow
+from .data import KeyedPair, Part, Parts
 
 RESULT, TRIALS, IDENTITY = "tune.json", "trials.log", "identity.json"
 KIND = "safegraft tuning"
@@ -228,7 +228,7 @@ class _Look:
             self._right(label, part.task) if part.has_keys else None,
         )
 
-    def _right(self, label: str, rows: Sequence[TaskRow]) -> Rate:
+    def _right(self, label: str, rows: Sequence[KeyedPair]) -> Rate:
         """The answers may be as long as the longest true one."""
         longest = max(len(self.tokenizer(row.answer)["input_ids"]) for row in rows)
         said = self._said(label, [row.prompt for row in rows], max(self.tokens, longest))
