@@ -50,7 +50,11 @@ class MergeConfig(Settings):
         None, ge=1, description="most directions a weight of that adapter may have; all if not given"
     )
     dtype: DtypeName | None = Field(None, description="dtype of the output; the fine-tune's if not given")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the arithmetic runs")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda|cuda:\d+(,cuda:\d+)*)$",
+        description="where the arithmetic runs: cpu, cuda (the first GPU), cuda:1, or several GPUs as cuda:0,cuda:1",
+    )
     workers: int | None = Field(None, ge=1, le=256, description="threads; the number of cores if not given")
     ray: str | None = Field(
         None, min_length=1, description="merge on a Ray cluster: local (started here), auto (this machine's), HOST:PORT"

@@ -26,6 +26,13 @@ def memory_of(device: torch.device) -> int:
         return has
 
 
+def free_memory_of(gpu: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody uses."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(gpu)[0])
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 by itself, which makes mixed precision faster than float32.
 

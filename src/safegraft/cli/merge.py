@@ -58,8 +58,10 @@ def command(
     ),
     rank: int = typer.Option(None, min=1, help="Most directions per weight of that adapter. [default: all, exact]"),
     dtype: str = typer.Option(None, help="float32, float16 or bfloat16. [default: the fine-tune's]"),
-    device: str = typer.Option(None, help="cpu or cuda. [default: cpu]"),
-    workers: int = typer.Option(None, min=1, help="Threads. [default: the number of cores]"),
+    device: str = typer.Option(None, help="cpu, cuda, cuda:1, or several as cuda:0,cuda:1. [default: cpu]"),
+    workers: int = typer.Option(
+        None, min=1, help="Threads. [default: the number of cores, or as many as the memory holds]"
+    ),
     ray: str = typer.Option(
         None,
         metavar="ADDRESS",

@@ -22,7 +22,7 @@ from ..tensors.shards import sha256
 from ..tensors.source import TensorSpec, Workspace, all_finite, as_bytes
 from ..tensors.writer import OutputFolder
 from .method import Merged
-from .survey import parallel
+from .workers import parallel
 
 PREFIX = "base_model.model."
 EXACT = 1e-3

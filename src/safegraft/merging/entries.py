@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..tensors.randomness import uniform
+
 PIECE = 1 << 18
 """Entries worked on at a time where several temporaries are needed."""
 
@@ -142,11 +144,11 @@ def dropped(delta: Tensor, drop: float, rng: torch.Generator) -> Tensor:
     """Each entry set to 0 with probability ``drop``, the others times 1/(1 − drop) (DARE, arXiv:2311.03099).
 
     Args:
-        drop: 0 ≤ drop < 1. rng: on ``delta``'s device.
+        drop: 0 ≤ drop < 1.
     """
     if drop == 0:
         return delta
-    keep = torch.rand(delta.shape, generator=rng, device=delta.device) >= drop
+    keep = uniform(delta.shape, rng, delta.device) >= drop
     return delta * keep / (1 - drop)
 
 
@@ -165,7 +167,7 @@ def pruned_by_rank(delta: Tensor, density: float, spread: float, rng: torch.Gene
     rank = rows.abs().argsort(dim=1).argsort(dim=1).to(delta.dtype)
     share = rank / (width - 1) if width > 1 else torch.full_like(rank, 0.5)
     stays = density - spread + 2 * spread * share
-    keep = torch.rand(rows.shape, generator=rng, device=delta.device) < stays
+    keep = uniform(rows.shape, rng, delta.device) < stays
     return (rows * keep / stays).reshape(delta.shape)
 
 

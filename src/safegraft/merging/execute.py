@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,20 +13,22 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..errors import NumericError
+from ..errors import ConfigError, NumericError
+from ..hardware import free_memory_of
 from ..tensors import ahead
 from ..tensors.calibration import Calibration
 from ..tensors.finetune import FineTune
-from ..tensors.lowrank import Delta
-from ..tensors.mask import Mask, Masking, moved
+from ..tensors.lowrank import Delta, with_started
+from ..tensors.mask import Mask, Masking
 from ..tensors.randomness import generator
 from ..tensors.shards import Shards
-from ..tensors.source import Workspace, all_finite, as_bytes
+from ..tensors.source import CPU, Workspace, all_finite, as_bytes
 from ..tensors.vector import SafetyVector
 from ..tensors.writer import OutputFolder
 from .method import GlobalStats, Merged, Method, TensorTriple
-from .plan import Plan, Unit
-from .survey import Progress, Survey, Tally, TensorStats, collected, of_tensor, parallel
+from .plan import BATCH, MEMORY_SHARE, Plan, Unit, balanced, by_shape, most_workers
+from .survey import Progress, Survey, Tally, TensorStats, collected, of_tensor
+from .workers import Share, on_devices
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Run:
     params: Settings
     survey: Survey
     stats: GlobalStats
-    device: str = "cpu"
+    devices: Sequence[torch.device] = (CPU,)
     seed: int = 0
     calibration: Calibration | None = None
     mask: Mask | None = None
@@ -57,19 +61,42 @@ def execute(
     """Write every unit that is not yet written. Returns the method's figures by tensor.
 
     Raises:
-        NumericError: a result is NaN or Inf. OutputError: the disk refuses.
+        NumericError: a result is NaN or Inf. OutputError: the disk refuses. ConfigError: a GPU's memory is too small.
     """
 
-    def one(unit: Unit, workspace: Workspace) -> None:
-        if not is_done(unit, folder):
-            for done in write_unit(unit, run, folder, workspace):
+    def one(units: Sequence[Unit], workspace: Workspace) -> None:
+        todo = [unit for unit in units if not is_done(unit, folder)]
+        read = _read_together(todo, run, workspace) if len(todo) > 1 else [None] * len(todo)
+        for unit, inputs in zip(todo, read, strict=True):
+            for done in write_unit(unit, run, folder, workspace, inputs):
                 folder.done(*done)
         if progress:
-            progress(unit.name, unit.spec.nbytes)
+            for unit in units:
+                progress(unit.name, unit.spec.nbytes)
 
-    order = sorted(plan.units, key=lambda u: -u.cost)
-    parallel(one, order, workers)
+    on_devices(one, _shares(plan, run, workers))
     return figures_of(plan, folder)
+
+
+def _shares(plan: Plan, run: Run, workers: int) -> list[Share[Sequence[Unit]]]:
+    """The plan's units, the costliest first, split evenly over the devices by their cost, whatever is done already: so
+    every tensor is always worked out on the same device.
+
+    A GPU gets its share of the workers, as many as its memory allows; two are enough for one to read and copy while the
+    other's tensor is worked on.
+    """
+    shares = []
+    for device, units in zip(run.devices, balanced(plan.units, len(run.devices)), strict=False):
+        gpu = device.type != "cpu"
+        items: Sequence[Sequence[Unit]] = [(unit,) for unit in units]
+        if gpu and run.method.decomposes:
+            items = by_shape(units)
+        count = max(1, workers // len(run.devices))
+        if gpu:
+            sets = (sum(u.working_set for u in batch) for batch in items)
+            count = most_workers(sets, int(MEMORY_SHARE * free_memory_of(device)), count)
+        shares.append(Share(items, count, device))
+    return shares
 
 
 def execute_at_once(
@@ -97,8 +124,11 @@ def execute_at_once(
             progress(unit.name, unit.spec.nbytes)
         return unit.name, stats
 
-    order = sorted(plan.units, key=lambda u: -u.cost)
-    found = dict(parallel(one, order, workers))
+    shares = [
+        Share([unit for units in share.items for unit in units], share.workers, share.device)
+        for share in _shares(plan, run, workers)
+    ]
+    found = dict(on_devices(one, shares))
     return collected(run.fine, found), figures_of(plan, folder)
 
 
@@ -111,13 +141,18 @@ def figures_of(plan: Plan, folder: OutputFolder) -> dict[str, dict[str, float]]:
     return {u.name: dict(folder.figures[u.name]) for u in plan.units if folder.figures[u.name]}
 
 
-def write_unit(unit: Unit, run: Run, shards: Shards, workspace: Workspace) -> list[Done]:
-    """Put one unit into its places; doing it twice changes nothing."""
+def write_unit(unit: Unit, run: Run, shards: Shards, workspace: Workspace, inputs: _Inputs | None = None) -> list[Done]:
+    """Put one unit into its places; doing it twice changes nothing. ``inputs``: its weights where they are read
+    already."""
     done = None
     if unit.action == "cast":
         done = _cast(unit, run, shards, workspace)
     elif unit.action != "copy":
-        done = (_compute_in_pieces if unit.in_pieces else _compute)(unit, run, shards, workspace)
+        with _enough_memory(unit, workspace):
+            if unit.in_pieces:
+                done = _compute_in_pieces(unit, run, shards, workspace)
+            else:
+                done = _compute(unit, run, shards, workspace, inputs or _read(unit, run, workspace))
     return _copy(unit, run, shards) if done is None else done
 
 
@@ -145,7 +180,7 @@ def merge_tensor(
         return None
 
     def call(label: str, base: Tensor, deltas: Sequence[Delta]) -> Merged | None:
-        rng = generator(seed, label, base.device)
+        rng = generator(seed, label)
         triple = TensorTriple(label, base, tuple(deltas[:-1]), tuple(weights), deltas[-1], rng, hessian, mask)
         return method.function(triple, params, stats)
 
@@ -157,7 +192,7 @@ def merge_tensor(
     if min(shape[-2:]) < 2:
         whole = call(name, base.reshape(-1), [_flattened(d, base.numel()) for d in flat])
         return None if whole is None else Merged(whole.dense().reshape(shape), whole.figures)
-    sliced = list(zip(*(d.slices() for d in flat), strict=True))
+    sliced = list(zip(*(_slices(method, d) for d in flat), strict=True))
     parts = [call(f"{name}[{i}]", base[i], deltas) for i, deltas in enumerate(sliced)]
     if all(p is None for p in parts):
         return None
@@ -165,6 +200,15 @@ def merge_tensor(
     told = [p.figures for p in parts if p]
     means = {key: sum(f[key] for f in told) / len(told) for key in told[0]}
     return Merged(stacked.reshape(shape), means)
+
+
+def _slices(method: Method, delta: Delta) -> list[Delta]:
+    """The matrices of a stack; on a GPU their SVDs are begun together where ``method`` wants them."""
+    slices = delta.slices()
+    if not method.decomposes or delta.is_zero or delta.full is None or delta.full.device.type == "cpu":
+        return slices
+    count = max(1, BATCH // math.prod(delta.shape[1:]))
+    return [s for i in range(0, len(slices), count) for s in with_started(slices[i : i + count])]
 
 
 def _stack(delta: Delta) -> Delta:
@@ -176,7 +220,7 @@ def _stack(delta: Delta) -> Delta:
 
 def _flattened(delta: Delta, numel: int) -> Delta:
     if delta.full is None:
-        return Delta((numel,))
+        return Delta((numel,), device=delta.device)
     return Delta((numel,), full=delta.full.reshape(-1), scale=delta.scale)
 
 
@@ -187,25 +231,55 @@ def _copy(unit: Unit, run: Run, shards: Shards) -> list[Done]:
     return [Done(name, run.survey.tensors[unit.name].model_sha256) for name in unit.targets]
 
 
-def _compute(unit: Unit, run: Run, shards: Shards, workspace: Workspace) -> list[Done] | None:
-    """Merge or apply; None where the method keeps the fine-tune's bytes."""
+@dataclass(frozen=True)
+class _Inputs:
+    """All of one weight that a method is given; on the CPU in a workspace's memory, good until the next is read."""
+
+    base: Tensor
+    tasks: list[Delta]
+    safety: Delta
+    hessian: Tensor | None
+    mask: Masking | None
+
+
+def _read(unit: Unit, run: Run, workspace: Workspace) -> _Inputs:
     fine, name = run.fine, unit.name
     base, tasks = fine.read(name, workspace)
-    safety = Delta(tuple(base.shape))
+    safety = Delta(tuple(base.shape), device=base.device)
     if run.vector is not None and name in fine.pairing.deltas:
         safety = fine.safety(name, run.vector, workspace).scaled(run.stats.alpha)
     hessian = run.calibration.hessian(fine.pairing.counterparts[name], workspace) if run.calibration else None
     mask = run.mask.masking(fine.pairing.counterparts[name], workspace) if run.mask and unit.masked else None
-    if run.device != "cpu":
-        base, safety = base.to(run.device), safety.to(run.device)
-        tasks = [task.to(run.device) for task in tasks]
-        hessian = None if hessian is None else hessian.to(run.device)
-        mask = moved(mask, run.device)
+    return _Inputs(base, tasks, safety, hessian, mask)
+
+
+def _read_together(units: Sequence[Unit], run: Run, workspace: Workspace) -> list[_Inputs]:
+    """Several units on a GPU, where every tensor has memory of its own, with the SVDs of their changes begun."""
+    with _enough_memory(units[0], workspace):
+        read = [_read(unit, run, workspace) for unit in units]
+        started = iter(with_started([task for inputs in read for task in inputs.tasks]))
+        return [replace(inputs, tasks=[next(started) for _ in inputs.tasks]) for inputs in read]
+
+
+@contextmanager
+def _enough_memory(unit: Unit, workspace: Workspace) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{workspace.device} has too little memory for {unit.name} {list(unit.spec.shape)}",
+            "Free some of it and go on with --resume; or give fewer --workers, or --device cpu.",
+        ) from error
+
+
+def _compute(unit: Unit, run: Run, shards: Shards, workspace: Workspace, inputs: _Inputs) -> list[Done] | None:
+    """Merge or apply; None where the method keeps the fine-tune's bytes."""
+    fine, name, base, tasks = run.fine, unit.name, inputs.base, inputs.tasks
     merged = None
     if unit.action == "merge":
         merged = merge_tensor(
-            run.method, run.params, run.stats, name=name, base=base, tasks=tasks, safety=safety,
-            weights=fine.weights, seed=run.seed, hessian=hessian, mask=mask,
+            run.method, run.params, run.stats, name=name, base=base, tasks=tasks, safety=inputs.safety,
+            weights=fine.weights, seed=run.seed, hessian=inputs.hessian, mask=inputs.mask,
         )  # fmt: skip
     if merged is None and fine.adapter is None and unit.spec.dtype == fine.layout.spec(name).dtype:
         return None
@@ -238,14 +312,12 @@ def _triples(
     name: str, run: Run, workspace: Workspace, overview: Any = None, tally: Tally | None = None
 ) -> Iterator[TensorTriple]:
     """One tensor, a few rows at a time."""
-    fine, rng = run.fine, generator(run.seed, name, run.device)
+    fine, rng = run.fine, generator(run.seed, name)
     vector = run.vector if name in fine.pairing.deltas and run.stats.alpha else None
     for base, tasks, safety in fine.pieces(name, vector, workspace, tally.seen if tally else None):
         if tally is not None:
             tally.add(base, tasks)
         safety = safety.scaled(run.stats.alpha)
-        if run.device != "cpu":
-            base, safety, tasks = base.to(run.device), safety.to(run.device), [t.to(run.device) for t in tasks]
         yield TensorTriple(name, base, tuple(tasks), tuple(fine.weights), safety, rng, overview=overview)
 
 
@@ -260,7 +332,7 @@ class _Output:
         """The next entries. Raises NumericError where one is NaN or Inf in the output's dtype."""
         dtype = self.unit.spec.dtype
         if values.dtype != dtype or values.device.type != "cpu":
-            values = self.workspace.take("out", values.shape, dtype).copy_(values)
+            values = self.workspace.lower("out", values, dtype)
         if not all_finite(values):
             raise _not_finite(self.unit)
         data = as_bytes(values)

@@ -31,7 +31,7 @@ from ..tensors.source import all_finite, as_bytes
 from .execute import merge_tensor
 from .method import GlobalStats
 from .plan import Unit
-from .survey import single_threaded
+from .workers import single_threaded
 
 if TYPE_CHECKING:
     from .run import Prepared

@@ -88,7 +88,7 @@ def fused(
 
     Args:
         parts: changes with their weights, as ``ordered``; at least one. weights: of all, those that are zero too.
-        rng: for DARE, on the changes' device.
+        rng: for DARE.
     """
     if how.kind == "ties":
         masks = [mask_of_largest(d if gate is None else d * gate, how.density) for d, _ in parts]

@@ -17,7 +17,8 @@ from .linalg import kept, opposition, overlap
 from .lineage import cosine, doubts
 from .method import METHODS, GlobalStats
 from .run import scale
-from .survey import Survey, inner, parallel, survey
+from .survey import Survey, inner, survey
+from .workers import parallel
 
 _ = _methods
 

@@ -24,7 +24,8 @@ class TensorTriple:
         name: the tensor's name in the fine-tune.
         base: W_b. tasks: τᵢ = Wᵢ − W_b of every fine-tune, at least one. weights: one for each of them, > 0.
         safety: s = αΔ, scaled by the engine according to the strength.
-        rng: seeded from (run seed, tensor name), so that order, workers and resuming change nothing.
+        rng: a CPU's, seeded from (run seed, tensor name), so that order, workers, device and resuming change nothing;
+            tensors/randomness.py draws from it for any device.
         hessian: H [n, n] of a weight [m, n], the mean of x xᵀ over its inputs on the calibration's prompts; None where
             the calibration has none, and for methods that need no calibration.
         mask: the logits of its learnt mask (tensors/mask.py); None where the mask has none, and for other methods.
@@ -87,7 +88,8 @@ class Method:
             answer for some rows of a matrix depends on those rows alone, and on what ``overview`` (None: nothing)
             finds of the whole tensor beforehand, so that the engine may hand a tensor over in pieces, in order.
         local: whether the answer depends on no figure over all tensors but α, so that fine-tunes can be fused in one
-            pass over them; the others in GlobalStats are NaN then.
+            pass over them; the others in GlobalStats are NaN then. decomposes: whether it asks for the fine-tunes'
+            singular directions, so that a GPU may begin with those of many tensors at once.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Method:
     entrywise: bool
     overview: Overview | None = None
     local: bool = False
+    decomposes: bool = False
 
     def parameters(self, given: dict[str, Any]) -> Settings:
         """The method's parameters with defaults filled in. Raises ConfigError naming every wrong one."""
@@ -123,14 +126,16 @@ def merge_method(
     entrywise: bool = False,
     overview: Overview | None = None,
     local: bool = False,
+    decomposes: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Register a function as a merge method; see Method. Its docstring's first line is shown by `safegraft methods`."""
 
     def register(function: MethodFunction) -> MethodFunction:
         summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
         method = Method(
-            name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview, local
-        )
+            name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview, local,
+            decomposes,
+        )  # fmt: skip
         METHODS.add(name, method)
         return function
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import heapq
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -25,6 +27,10 @@ WHY: dict[Action, str] = {
 }
 PROCESS_BYTES = 420_000_000
 """Resident memory of Python with torch loaded, before any weight is read."""
+BATCH = 1 << 25
+"""Entries of the matrices that are decomposed together on a GPU: two of 4096 × 4096, a hundred of 576 × 576."""
+MEMORY_SHARE = 0.8
+"""Of a machine's or a GPU's memory, what as many workers as it holds may use together."""
 MASK = 3
 """Tensors of a weight's size that are held for its mask: logits, mask and their quotient with the mean."""
 
@@ -92,8 +98,8 @@ class Plan:
         return sum(layout.nbytes for layout in self.layouts)
 
     def peak_bytes(self, workers: int) -> int:
-        """Expected peak memory: the process, and the largest working set on every worker."""
-        return PROCESS_BYTES + workers * max((u.working_set for u in self.units), default=0)
+        """Expected peak memory: the process, and the largest working sets, one a worker."""
+        return PROCESS_BYTES + sum(heapq.nlargest(workers, (u.working_set for u in self.units)))
 
     def groups(self) -> list[tuple[str, Action, int, int]]:
         """``(module, action, tensors, bytes)`` for every kind of module, in the model's order."""
@@ -149,6 +155,40 @@ def make_plan(
         also, pieces = tuple(copies.get(name, ())), entrywise and action == "merge" and fine.in_pieces(name)
         units.append(Unit(name, action, specs[name], layout.shard_of(name), also, models, held, pieces, name in masked))
     return Plan(tuple(units), tuple(layouts), tuple(fine.pairing.notes))
+
+
+def balanced(units: Sequence[Unit], count: int) -> list[list[Unit]]:
+    """``units`` in at most ``count`` batches of about the same cost, the costliest batch first."""
+    batches: list[list[Unit]] = [[] for _ in range(min(count, len(units)))]
+    costs = [(0.0, i) for i in range(len(batches))]
+    for unit in sorted(units, key=lambda u: -u.cost):
+        cost, i = heapq.heappop(costs)
+        batches[i].append(unit)
+        heapq.heappush(costs, (cost + unit.cost, i))
+    return sorted(batches, key=lambda batch: -sum(u.cost for u in batch))
+
+
+def by_shape(units: Sequence[Unit]) -> list[tuple[Unit, ...]]:
+    """``units`` in batches, the costliest first: matrices of one shape that are merged whole together, as many as hold
+    ``BATCH`` entries; every other unit alone."""
+    alike: dict[object, list[Unit]] = {}
+    for unit in units:
+        together = unit.action == "merge" and not unit.in_pieces and len(unit.spec.shape) == 2
+        alike.setdefault(unit.spec.shape if together else unit.name, []).append(unit)
+    found = []
+    for group in alike.values():
+        count = max(1, BATCH // max(1, group[0].spec.numel))
+        found += [tuple(group[i : i + count]) for i in range(0, len(group), count)]
+    return sorted(found, key=lambda batch: -sum(u.cost for u in batch))
+
+
+def most_workers(working_sets: Iterable[int], nbytes: int, limit: int) -> int:
+    """How many workers, 1 to ``limit``, hold no more than ``nbytes`` at any time; 1 where even one may hold more.
+
+    A worker's memory stays as large as its largest tensor made it, so that w of them hold the w largest at most.
+    """
+    held = accumulate(heapq.nlargest(limit, working_sets))
+    return max(1, sum(total <= nbytes for total in held))
 
 
 def index_of(layouts: Sequence[ShardLayout], metadata: dict[str, object]) -> dict[str, object]:

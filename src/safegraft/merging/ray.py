@@ -7,7 +7,6 @@ puts the same bytes into the same places.
 
 from __future__ import annotations
 
-import heapq
 import os
 import socket
 from collections.abc import Sequence
@@ -32,9 +31,10 @@ from ..tensors.writer import OutputFolder
 from . import methods as _methods
 from .execute import Done, Run, figures_of, is_done, write_unit
 from .method import METHODS, GlobalStats
-from .plan import Plan, Unit
+from .plan import Plan, Unit, balanced
 from .record import fingerprints
-from .survey import Progress, Survey, single_threaded
+from .survey import Progress, Survey
+from .workers import single_threaded
 
 _ = _methods  # a task starts here and looks its method up
 
@@ -181,17 +181,6 @@ def require_ray() -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError("--ray needs ray", "Install it: pip install 'safegraft[ray]'") from error
     return ray
-
-
-def balanced(units: Sequence[Unit], count: int) -> list[list[Unit]]:
-    """``units`` in at most ``count`` batches of about the same cost, the costliest batch first."""
-    batches: list[list[Unit]] = [[] for _ in range(min(count, len(units)))]
-    costs = [(0.0, i) for i in range(len(batches))]
-    for unit in sorted(units, key=lambda u: -u.cost):
-        cost, i = heapq.heappop(costs)
-        batches[i].append(unit)
-        heapq.heappush(costs, (cost + unit.cost, i))
-    return sorted(batches, key=lambda batch: -sum(u.cost for u in batch))
 
 
 def write_batch(job: Job, units: Sequence[Unit]) -> Written:

@@ -17,13 +17,14 @@ import torch
 
 from ..config import MergeConfig
 from ..errors import ConfigError, LineageError, SafegraftError
+from ..hardware import memory_of
 from ..manifest import digest_of, peak_memory
 from ..tensors.calibration import Calibration
 from ..tensors.checkpoint import INDEX
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
 from ..tensors.mask import Mask
-from ..tensors.source import Workspace
+from ..tensors.source import CPU, Workspace
 from ..tensors.vector import SafetyVector
 from ..tensors.writer import OutputFolder, check_free
 from . import methods as _methods
@@ -34,10 +35,11 @@ from .execute import Run, execute, execute_at_once, merge_tensor
 from .lineage import cosine, doubts
 from .masked import mask_doubts, mask_notes, masked, require_mask_alone, settled
 from .method import METHODS, GlobalStats, Merged, Method
-from .plan import Plan, index_of, make_plan
+from .plan import MEMORY_SHARE, PROCESS_BYTES, Plan, index_of, make_plan, most_workers
 from .ray import Cluster, require_ray
 from .record import adapter_sidecars, fingerprints, merge_manifest, renamed_dtype, tokenizer_files
 from .survey import Survey, survey
+from .workers import devices_of
 
 _ = _methods
 
@@ -96,6 +98,7 @@ class Prepared:
     workers: int
     calibration: Calibration | None = None
     mask: Mask | None = None
+    devices: Sequence[torch.device] = (CPU,)
 
     @property
     def at_once(self) -> bool:
@@ -118,8 +121,7 @@ def prepare(config: MergeConfig) -> Prepared:
     method = METHODS.get(config.method)
     params = method.parameters(config.params)
     _require_taken(config, method)
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device {config.device!r}: torch sees no CUDA device here", "Use --device cpu.")
+    devices = devices_of(config.device)
     if config.ray:
         require_ray()
     calibration = None if config.calibration is None else Calibration(config.calibration)
@@ -127,7 +129,6 @@ def prepare(config: MergeConfig) -> Prepared:
     vector = None if config.vector is None else SafetyVector(config.vector, config.scope)
     fine = FineTune.open(config.models, config.base, vector, config.weights)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    workers = config.workers or os.cpu_count() or 1
     strength = method.strength if config.strength is None else config.strength
     match_norm = method.match_norm if config.match_norm is None else config.match_norm
     hessians = None if calibration is None else calibrated(fine, calibration)
@@ -135,7 +136,18 @@ def prepare(config: MergeConfig) -> Prepared:
         params = settled(params, fine, mask)
     decided = () if mask is None else masked(fine, mask)
     plan = make_plan(fine, vector, dtype, hessians, decided, entrywise=method.entrywise)
-    return Prepared(config, fine, vector, method, params, strength, match_norm, plan, workers, calibration, mask)
+    workers = config.workers or _workers(plan, devices)
+    return Prepared(
+        config, fine, vector, method, params, strength, match_norm, plan, workers, calibration, mask, devices
+    )
+
+
+def _workers(plan: Plan, devices: Sequence[torch.device]) -> int:
+    """One a core, and two a GPU at least, but no more than the memory holds."""
+    count = os.cpu_count() or 1
+    if devices != (CPU,):
+        count = max(count, 2 * len(devices))
+    return most_workers((u.working_set for u in plan.units), int(MEMORY_SHARE * memory_of(CPU)) - PROCESS_BYTES, count)
 
 
 def _require_taken(config: MergeConfig, method: Method) -> None:
@@ -195,7 +207,7 @@ def run_merge(config: MergeConfig, given: list[str], progress: Report | None = N
             found = _surveyed(ready, folder, progress)
             warnings, stats = _doubts(ready, found), _stats(ready, found)
         run = Run(
-            fine, vector, ready.method, ready.params, found, stats, config.device, calibration=ready.calibration,
+            fine, vector, ready.method, ready.params, found, stats, ready.devices, calibration=ready.calibration,
             mask=ready.mask,
         )  # fmt: skip
         count = _counter(progress, "merge", plan.output_bytes)

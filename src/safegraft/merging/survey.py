@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import NumericError
@@ -23,10 +19,9 @@ from ..tensors.lowrank import Delta, sum_of_squares
 from ..tensors.shards import sha256
 from ..tensors.source import Workspace, all_finite, as_bytes
 from ..tensors.vector import SafetyVector
+from .workers import parallel
 
 Progress = Callable[[str, int], None]
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -294,44 +289,3 @@ def _not_finite(name: str, label: str) -> NumericError:
     return NumericError(
         f"{name} of {label} holds NaN or Inf", "That model is damaged; train or fetch it again before merging."
     )
-
-
-def parallel(work: Callable[[A, Workspace], B], items: Iterable[A], workers: int) -> list[B]:
-    """``[work(item, workspace) …]`` on ``workers`` threads, each with its own workspace; the first error ends it.
-
-    Torch runs single-threaded inside each worker: results do not depend on the number of workers, and cores are not
-    oversubscribed.
-    """
-    local = threading.local()
-    stopped = threading.Event()
-
-    def run(item: A) -> B | None:
-        if stopped.is_set():
-            return None
-        if not hasattr(local, "workspace"):
-            torch.set_num_threads(1)
-            local.workspace = Workspace()
-        try:
-            return work(item, local.workspace)
-        except BaseException:
-            stopped.set()
-            raise
-
-    with single_threaded(), ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run, item) for item in items]
-        try:
-            return [f.result() for f in futures]  # type: ignore[misc]
-        except BaseException:
-            stopped.set()
-            raise
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Torch on one thread: results do not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

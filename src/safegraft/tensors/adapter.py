@@ -21,7 +21,7 @@ from ..errors import CheckpointError, MismatchError
 from .checkpoint import HEAD_SUFFIXES, Checkpoint, near_misses, resolve
 from .files import ShardFile
 from .lowrank import Delta, LowRank
-from .source import TensorSpec, all_finite, as_bytes
+from .source import CPU, TensorSpec, all_finite, as_bytes
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -96,22 +96,23 @@ class Adapter:
         return self.delta(name, None).dense().to(device)
 
     def delta(self, name: str, base: Tensor | None) -> Delta:
-        """The adapter's change of ``name``; ``base`` (float32) is needed for modules it replaces whole."""
-        shape = self.base.spec(name).shape
+        """The adapter's change of ``name``, on the device of ``base``: W_b in float32, which modules that are replaced
+        whole are compared with (read here if not given)."""
+        shape, device = self.base.spec(name).shape, CPU if base is None else base.device
         if name in self.replaced:
             if base is None:
                 base = self.base.read(name).float()
-            change = self.tensor(self.replaced[name]).float() - base
+            change = self.tensor(self.replaced[name]).to(device).float() - base
             if name not in self.lora:
                 return Delta(shape, full=change)
             if change.any():  # peft stores the layer below a LoRA of embeddings too, which is mostly the base's
-                return Delta(shape, full=change + self._product(name).dense())
-        return self._product(name)
+                return Delta(shape, full=change + self._product(name, device).dense())
+        return self._product(name, device)
 
-    def _product(self, name: str) -> Delta:
+    def _product(self, name: str, device: torch.device) -> Delta:
         shape = self.base.spec(name).shape
         module = self.lora[name]
-        a, b = self.tensor(module.a).float(), self.tensor(module.b).float()
+        a, b = (self.tensor(key).to(device).float() for key in (module.a, module.b))
         if module.embedding:
             return Delta(shape, low=LowRank(a.T * module.scaling, b))
         if self.config.get("fan_in_fan_out"):

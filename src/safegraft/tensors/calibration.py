@@ -59,7 +59,7 @@ class Calibration:
         return self.file.layout.entries[self._weights[name]["input"]].spec.shape[0]
 
     def hessian(self, name: str, workspace: Workspace) -> Tensor | None:
-        """H [n, n] of a weight [m, n] in float32, in ``workspace``'s memory; None where there is none.
+        """H [n, n] of a weight [m, n] in float32, in ``workspace``'s memory or on its device; None where there is none.
 
         Raises:
             CheckpointError: the bytes are not those the manifest has the digest of.
@@ -75,7 +75,7 @@ class Calibration:
                 f"{self.label}: the bytes of {key} are not those its manifest was written for",
                 "The calibration was changed or damaged; make it again.",
             )
-        return out
+        return workspace.lift("hessian", out)
 
     def check_base(self, base: Checkpoint) -> None:
         """Raise MismatchError unless every weight here is in ``base`` with as many columns (headers only)."""

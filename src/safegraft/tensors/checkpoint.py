@@ -137,12 +137,9 @@ class Checkpoint:
         return out
 
     def read_float(self, name: str, workspace: Workspace, slot: str) -> Tensor:
-        """The tensor as float32, in ``workspace``'s memory."""
+        """The tensor as float32, in ``workspace``'s memory or on its device."""
         spec = self.spec(name)
-        out = workspace.take(slot, spec.shape, torch.float32)
-        if spec.dtype == torch.float32:
-            return self.read_into(out, name)
-        return out.copy_(self.read_into(workspace.take(f"{slot}.raw", spec.shape, spec.dtype), name))
+        return workspace.lift_float(slot, self.read_into(workspace.take(slot, spec.shape, spec.dtype), name))
 
     def chunks(self, name: str, workspace: Workspace, slot: str, first: int = 0) -> Iterator[Tensor]:
         """The tensor's elements in order from ``first``, flat, in its stored dtype, a piece at a time."""

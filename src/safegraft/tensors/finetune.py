@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MismatchError
@@ -126,7 +125,8 @@ class FineTune:
         return self.adapter.file.layout.entries[self.adapter.lora[name].a].spec.shape[0]
 
     def read(self, name: str, workspace: Workspace) -> tuple[Tensor, list[Delta]]:
-        """``(W_b, [τ of every fine-tune])`` of one tensor in float32 over its common rows, in ``workspace``."""
+        """``(W_b, [τ of every fine-tune])`` of one tensor in float32 over its common rows, in ``workspace``'s memory or
+        on its device."""
         rows, there = self.rows(name), self.pairing.counterparts[name]
         base = self.base.read_float(there, workspace, "base")[:rows]
         return base, [
@@ -153,12 +153,12 @@ class FineTune:
                 part = checkpoint.part(own, *place, workspace, f"piece{i}")
                 if seen is not None:
                     seen(i, part)
-                if part.dtype != torch.float32:
-                    part = workspace.take(f"piece{i}.float", part.shape, torch.float32).copy_(part)
-                stored.append(part.view(form))
+                stored.append(workspace.lift_float(f"piece{i}", part).view(form))
             base, *tuned = stored
             tasks = [Delta(form, full=one.sub_(base)) for one in tuned]
-            safety = Delta(form) if vector is None else vector.rows(self.pairing.deltas[name], start, count, workspace)
+            safety = Delta(form, device=base.device)
+            if vector is not None:
+                safety = vector.rows(self.pairing.deltas[name], start, count, workspace)
             yield base, tasks, safety
 
     def in_pieces(self, name: str) -> bool:
@@ -175,7 +175,9 @@ class FineTune:
 
     def _delta(self, name: str, base: Tensor, workspace: Workspace, slot: str) -> Delta:
         if self.adapter is not None:
-            return self.adapter.delta(name, base) if name in self.adapter else Delta(tuple(base.shape))
+            return (
+                self.adapter.delta(name, base) if name in self.adapter else Delta(tuple(base.shape), device=base.device)
+            )
         task = self.layout.read_float(name, workspace, slot)[: len(base) if base.dim() else None].sub_(base)
         return Delta(tuple(task.shape), full=task)
 

@@ -7,11 +7,13 @@ form the full matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .source import CPU
 
 GRAM_FLOOR = 1e-2
 """Smallest σ_k/σ_1 for which singular vectors are taken from a float32 Gram matrix; below it, float64.
@@ -96,17 +98,17 @@ def leading_svd(matrix: Tensor, energy: float) -> Svd:
     return _svd(matrix, lambda s: holding(s, energy))
 
 
-def _svd(matrix: Tensor, wanted: Callable[[Tensor], int]) -> Svd:
+def _svd(matrix: Tensor, wanted: Callable[[Tensor], int], started: Started | None = None) -> Svd:
     """``wanted`` says how many triplets, given all singular values falling."""
     rows, columns = matrix.shape
     if rows > columns:
-        flipped = _svd(matrix.T, wanted)
+        flipped = _svd(matrix.T, wanted, started)
         return Svd(flipped.v, flipped.s, flipped.u, flipped.complete)
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    largest = _largest(matrix)
     if largest == 0.0:
         return Svd(matrix.new_zeros(rows, 0), matrix.new_zeros(0), matrix.new_zeros(columns, 0), complete=rows > 0)
     unit = matrix / largest
-    u, s = _gram_eigh(unit)
+    u, s = started or _gram_eigh(unit)
     k = min(wanted(s), rows)
     if k and float(s[k - 1]) < GRAM_FLOOR * float(s[0]):
         unit = unit.double()
@@ -124,17 +126,29 @@ def holding(s: Tensor, energy: float) -> int:
     return min(s.numel(), int((held < energy * held[-1]).sum()) + 1)
 
 
-def _gram_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """All left singular vectors and values of ``matrix`` [m, n], m ≤ n, values falling."""
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
+def _largest(matrix: Tensor) -> float:
+    return float(matrix.abs().max()) if matrix.numel() else 0.0
+
+
+def _gram_eigh(matrix: Tensor) -> Started:
+    return _started(*torch.linalg.eigh(matrix @ matrix.T))
+
+
+def _started(values: Tensor, vectors: Tensor) -> Started:
+    """From the eigenvalues and eigenvectors of A·Aᵀ, as ``eigh`` orders them."""
+    return vectors.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+
+
+Started = tuple[Tensor, Tensor]
+"""Of a matrix A [m, n], m ≤ n, over its largest entry: all left singular vectors [m, m] and values [m], falling."""
 
 
 @dataclass(frozen=True)
 class Delta:
     """One tensor's change, times ``scale``: dense, low-rank, or zero; with its SVD where that is already known.
 
-    ``full`` is float32 of any shape; ``low`` has two dimensions. Exactly one of them is given, or none for zero.
+    ``full`` is float32 of any shape; ``low`` has two dimensions. Exactly one of them is given, or none for zero, whose
+    tensors are made on ``device``. ``started`` is what the SVD of ``full``, turned so that m ≤ n, begins with.
     """
 
     shape: tuple[int, ...]
@@ -142,6 +156,8 @@ class Delta:
     low: LowRank | None = None
     known: Svd | None = None
     scale: float = 1.0
+    device: torch.device = CPU
+    started: Started | None = None
 
     @property
     def is_zero(self) -> bool:
@@ -150,7 +166,7 @@ class Delta:
     def dense(self) -> Tensor:
         """The whole tensor; for an unscaled dense delta the stored one itself, so do not write to it."""
         if self.is_zero:
-            return torch.zeros(self.shape)
+            return torch.zeros(self.shape, device=self.device)
         tensor = self.full if self.full is not None else self.low.dense()  # type: ignore[union-attr]
         return tensor if self.scale == 1.0 else tensor * self.scale
 
@@ -167,17 +183,10 @@ class Delta:
         return replace(self, scale=self.scale * factor)
 
     def to(self, device: torch.device | str) -> Delta:
-        def move(value: Tensor) -> Tensor:
-            return value.to(device)
-
-        return replace(
-            self,
-            full=None if self.full is None else move(self.full),
-            low=None if self.low is None else LowRank(move(self.low.left), move(self.low.right)),
-            known=None
-            if self.known is None
-            else replace(self.known, u=move(self.known.u), s=move(self.known.s), v=move(self.known.v)),
-        )
+        """The same on another device, without its SVD."""
+        full = None if self.full is None else self.full.to(device)
+        low = None if self.low is None else LowRank(self.low.left.to(device), self.low.right.to(device))
+        return Delta(self.shape, full, low, scale=self.scale, device=torch.device(device))
 
     def svd(self, k: int) -> Svd:
         """The leading ``k`` triplets above the numerical rank, from the stored ones where they reach far enough."""
@@ -185,14 +194,15 @@ class Delta:
             raise ValueError(f"an SVD needs two dimensions, not {self.shape}")
         shape = (self.shape[0], self.shape[1])
         if self.is_zero:
-            return Svd(torch.zeros(shape[0], 0), torch.zeros(0), torch.zeros(shape[1], 0), complete=True)
+            u, s, v = (torch.zeros(size, device=self.device) for size in ((shape[0], 0), (0,), (shape[1], 0)))
+            return Svd(u, s, v, complete=True)
         if self.known is not None and (self.known.complete or self.known.s.numel() >= k):
             found = self.known.leading(numerical_rank(self.known.s, shape))
         elif self.low is not None:
             found = self.low.svd()
         else:
             assert self.full is not None
-            found = thin_svd(self.full, k)
+            found = _svd(self.full, lambda _: k, self.started)
         return found.leading(min(k, found.s.numel())).scaled(self.scale)
 
     def leading(self, energy: float) -> Svd:
@@ -200,13 +210,13 @@ class Delta:
         if self.full is None:
             found = self.svd(min(self.shape))
             return found.leading(holding(found.s, energy))
-        return leading_svd(self.full, energy).scaled(self.scale)
+        return _svd(self.full, lambda s: holding(s, energy), self.started).scaled(self.scale)
 
     def slices(self) -> list[Delta]:
         """A stack of matrices [e, m, n] (fused experts) as e deltas of two dimensions."""
         rest = self.shape[1:]
         if self.is_zero:
-            return [Delta(rest) for _ in range(self.shape[0])]
+            return [Delta(rest, device=self.device) for _ in range(self.shape[0])]
         assert self.full is not None
         known = self.known
         return [
@@ -218,6 +228,29 @@ class Delta:
             )
             for i in range(self.shape[0])
         ]
+
+
+def with_started(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same deltas, the dense matrices among them with what their SVD begins with, worked out for all of one shorter
+    side in one call: on a GPU that takes little longer for many small matrices than for one."""
+    sides: dict[int, list[tuple[int, Tensor]]] = {}
+    for i, delta in enumerate(deltas):
+        if len(delta.shape) == 2 and not delta.is_zero and delta.full is not None and _largest(delta.full):
+            sides.setdefault(min(delta.shape), []).append((i, _gram(delta.full)))
+    out = list(deltas)
+    for found in sides.values():
+        members, grams = zip(*found, strict=True)
+        values, vectors = torch.linalg.eigh(torch.stack(grams))
+        for i, own, vectors_of in zip(members, values, vectors, strict=True):
+            out[i] = replace(deltas[i], started=_started(own, vectors_of))
+    return out
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """As ``_svd`` forms it."""
+    turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    unit = turned / _largest(turned)
+    return unit @ unit.T
 
 
 def plus(a: Delta, b: Delta) -> Tensor | LowRank:

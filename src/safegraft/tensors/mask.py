@@ -78,7 +78,7 @@ class Mask:
         return self._get(name, Workspace(), "mask").clone().to(device)
 
     def masking(self, weight: str, workspace: Workspace) -> Masking:
-        """The logits of one weight, in ``workspace``'s memory.
+        """The logits of one weight, in ``workspace``'s memory or on its device.
 
         Raises:
             CheckpointError: the bytes are not those the manifest has the digest of.
@@ -114,14 +114,7 @@ class Mask:
                 f"{self.label}: the bytes of {key} are not those its manifest was written for",
                 "The mask was changed or damaged; learn it again.",
             )
-        return out
-
-
-def moved(masking: Masking | None, device: torch.device | str) -> Masking | None:
-    """The same logits on another device."""
-    if masking is None or isinstance(masking, Logits):
-        return None if masking is None else masking.to(device)
-    return masking[0].to(device), masking[1].to(device)
+        return workspace.lift(slot, out)
 
 
 def write_mask(out: Path, logits: Mapping[str, Tensor], manifest: dict[str, Any], *, force: bool) -> Mask:

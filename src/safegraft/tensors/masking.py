@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .randomness import uniform
+
 Granularity = Literal["element", "row", "block"]
 Kind = Literal["continuous", "binary"]
 SMALLEST = 2.0**-25
@@ -65,9 +67,6 @@ class Logits:
     shape: tuple[int, ...]
     grain: Grain
 
-    def to(self, device: torch.device | str) -> Logits:
-        return Logits(self.values.to(device), self.shape, self.grain)
-
     def gate(self, mask: Tensor) -> Tensor:
         """m/mean(m), an entry each, of ``mask`` (a value a logit); all 0 where m is.
 
@@ -80,7 +79,7 @@ class Logits:
 
 def relaxed(logits: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
     """A draw of m in [0, 1], a value a logit, float32, differentiable in ``logits``. ``temperature``: T > 0."""
-    u = torch.rand(logits.shape, generator=rng, device=logits.device).clamp_(min=SMALLEST)
+    u = uniform(logits.shape, rng, logits.device).clamp_(min=SMALLEST)
     return torch.sigmoid((logits.float() + u.logit_()) / temperature)
 
 

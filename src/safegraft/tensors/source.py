@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = (torch.float32, torch.float16, torch.bfloat16)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +63,66 @@ class TensorSource(Protocol):
 
 
 class Workspace:
-    """Buffers that grow to the largest tensor asked for and are used again for the next one.
+    """Buffers that grow to the largest tensor asked for and are used again for the next one, and the way from them to a
+    GPU and back.
 
     Not thread-safe: one per worker. A tensor taken under a slot is valid until the slot is taken again.
+
+    For a GPU the buffers are pinned, and everything happens on a stream of the workspace's own: with two workspaces in
+    two threads, one's tensors are read and copied while the other's are worked on. Lifted tensors are to be used inside
+    ``at_work``.
+
+    Args:
+        device: the CPU, or a GPU with its number (``cuda:0``).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self._slots: dict[str, Tensor] = {}
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._leaving: dict[str, torch.cuda.Event] = {}
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """The stretch in which this thread works on the device."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def take(self, slot: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised CPU tensor of ``shape`` over the slot's memory."""
+        """An uninitialised CPU tensor of ``shape`` over the slot's memory, once that is no longer being copied."""
+        if slot in self._leaving:
+            self._leaving.pop(slot).synchronize()
         nbytes = math.prod(shape) * dtype.itemsize
         held = self._slots.get(slot)
         if held is None or held.numel() < nbytes:
             self._slots.pop(slot, None)
-            held = torch.empty(nbytes, dtype=torch.uint8)
+            held = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
             self._slots[slot] = held
         return held[:nbytes].view(dtype).view(tuple(shape))
+
+    def lift(self, slot: str, tensor: Tensor) -> Tensor:
+        """``tensor``, which was taken under ``slot``, on the device: in memory of its own there, on the CPU itself."""
+        if self._stream is None:
+            return tensor
+        lifted = tensor.to(self.device, non_blocking=True)
+        self._leaving[slot] = self._stream.record_event()
+        return lifted
+
+    def lift_float(self, slot: str, tensor: Tensor) -> Tensor:
+        """As ``lift``, in float32; on the CPU in the memory of the slot ``SLOT.float`` where that is another dtype."""
+        lifted = self.lift(slot, tensor)
+        if lifted.dtype == torch.float32:
+            return lifted
+        if self._stream is not None:
+            return lifted.float()
+        return self.take(f"{slot}.float", tensor.shape, torch.float32).copy_(tensor)
+
+    def lower(self, slot: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of ``tensor`` in ``dtype`` in the slot's memory, whole when this returns."""
+        out = self.take(slot, tensor.shape, dtype)
+        if self._stream is None:
+            return out.copy_(tensor)
+        out.copy_(tensor.to(dtype), non_blocking=True)
+        self._stream.synchronize()
+        return out
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -92,7 +92,7 @@ class SafetyVector:
         return float(self.manifest["tensors"][name]["norm"])
 
     def delta(self, name: str, workspace: Workspace, *, check: bool = False) -> Delta:
-        """Δ of one tensor, in ``workspace``'s memory, with its stored singular triplets.
+        """Δ of one tensor, in ``workspace``'s memory or on its device, with its stored singular triplets.
 
         Raises:
             CheckpointError: with ``check``, the bytes read are not those the manifest has the digest of.
@@ -125,7 +125,7 @@ class SafetyVector:
         shape = self._shapes[name]
         out = workspace.take("vector.rows", (count, *shape[1:]), entry.spec.dtype)
         self.file.read_into(as_bytes(out), entry.offset + first * math.prod(shape[1:]) * entry.spec.dtype.itemsize)
-        return Delta(tuple(out.shape), full=out)
+        return Delta(tuple(out.shape), full=workspace.lift("vector.rows", out))
 
     def _get(self, key: str, workspace: Workspace, slot: str, check: bool = False) -> Tensor:
         entry = self.file.layout.entries[key]
@@ -136,7 +136,7 @@ class SafetyVector:
                 f"{self.label}: the bytes of {key} are not those its manifest was written for",
                 "The vector was changed or damaged; make or fetch it again.",
             )
-        return out
+        return workspace.lift(slot, out)
 
     def _digest(self, entry: Entry, read: Tensor) -> str:
         return ahead.known(self.file.fd, entry.offset, entry.spec.nbytes) or sha256(as_bytes(read))

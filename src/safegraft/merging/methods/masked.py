@@ -90,7 +90,7 @@ def _density(logits: Sequence[Logits], masks: Sequence[Tensor]) -> float:
 
 
 def _mask(logits: Logits, p: Somf, name: str) -> Tensor:
-    rng = None if p.seed is None else generator(p.seed, name, logits.values.device)
+    rng = None if p.seed is None else generator(p.seed, name)
     return deployed(logits.values, p.kind, temperature=p.temperature or 0.5, rng=rng)
 
 

@@ -36,7 +36,9 @@ class Lox(Settings):
     directions: int = Field(6, ge=1, description="k: leading directions of the vector that are added")
 
 
-@merge_method("tsv_merge", params=Tsv, paper="arXiv:2412.00081", strength=1.0, match_norm=False, fuses=True)
+@merge_method(
+    "tsv_merge", params=Tsv, paper="arXiv:2412.00081", strength=1.0, match_norm=False, fuses=True, decomposes=True
+)
 def tsv_merge(t: TensorTriple, p: Tsv, stats: GlobalStats) -> Merged | None:
     """Keep the leading directions of every delta, make them orthogonal to each other, and add them up.
 
