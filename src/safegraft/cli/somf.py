@@ -125,8 +125,10 @@ def fuse_command(
     ),
     scale: float = typer.Option(None, help="λ. [default: what the mask was learnt with]"),
     dtype: str = typer.Option(None, help="float32, float16 or bfloat16. [default: the first fine-tune's]"),
-    device: str = typer.Option(None, help="cpu or cuda. [default: cpu]"),
-    workers: int = typer.Option(None, min=1, help="Threads. [default: the number of cores]"),
+    device: str = typer.Option(None, help="cpu, cuda, cuda:1, or several as cuda:0,cuda:1. [default: cpu]"),
+    workers: int = typer.Option(
+        None, min=1, help="Threads. [default: the number of cores, or as many as the memory holds]"
+    ),
     ray: str = typer.Option(None, metavar="ADDRESS", help="Fuse on a Ray cluster; see `safegraft merge --help`."),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Print what would be done, in what memory and time; write nothing."

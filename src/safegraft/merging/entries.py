@@ -72,7 +72,7 @@ def largest(pieces: Pieces, counts: Callable[[int], Sequence[int]]) -> list[list
 
 def _cut(leading: int, counted: Tensor, count: int) -> Largest:
     trailing, spare = _bin(counted, count)
-    floor = torch.tensor(leading << 16 | trailing, dtype=torch.int32, device=counted.device)
+    floor = counted.new_full((), leading << 16 | trailing, dtype=torch.int32)
     return Largest(floor.view(torch.float32), spare)
 
 

@@ -66,12 +66,13 @@ def execute(
 
     def one(units: Sequence[Unit], workspace: Workspace) -> None:
         todo = [unit for unit in units if not is_done(unit, folder)]
-        read = _read_together(todo, run, workspace) if len(todo) > 1 else [None] * len(todo)
-        for unit, inputs in zip(todo, read, strict=True):
-            for done in write_unit(unit, run, folder, workspace, inputs):
+        read: Sequence[_Inputs | None] = [None] * len(units)
+        if todo and len(units) > 1:  # all of them, so that going on gives the bytes of a run that was not stopped
+            read = _read_together(units, run, workspace)
+        for unit, inputs in zip(units, read, strict=True):
+            for done in write_unit(unit, run, folder, workspace, inputs) if unit in todo else ():
                 folder.done(*done)
-        if progress:
-            for unit in units:
+            if progress:
                 progress(unit.name, unit.spec.nbytes)
 
     on_devices(one, _shares(plan, run, workers))

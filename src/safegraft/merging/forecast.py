@@ -4,8 +4,9 @@ A merge is two passes, and each is a sum over tensors: bytes to read, to hash an
 method's own arithmetic. The first four are speeds, measured on some MB in memory, of the model's own files, and of a
 nameless file where the output will lie. The last is measured by calling the method on a small random weight of the
 same proportions and scaling: with the number of entries, or, where doubling the sides costs clearly more than fourfold
-(an SVD), with the cube of the side. All of it takes about a second. It knows nothing of what else the machine will be
-doing, and a file that is in the page cache now may not be then. `benchmarks/forecast.py` holds it against merges.
+(an SVD), with the cube of the side; where GPUs are to do it, on the first of those that share it. All of it takes about
+a second. It knows nothing of what else the machine will be doing, and a file that is in the page cache now may not be
+then. `benchmarks/forecast.py` holds it against merges on processors.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import torch
 from ..tensors.checkpoint import CHUNK
 from ..tensors.files import ShardFile
 from ..tensors.lowrank import Delta, LowRank, Svd, sum_of_squares
-from ..tensors.mask import Masking
+from ..tensors.mask import Masking, moved
 from ..tensors.masking import Logits
-from ..tensors.source import all_finite, as_bytes
+from ..tensors.source import CPU, Workspace, all_finite, as_bytes
 from .execute import merge_tensor
 from .method import GlobalStats
 from .plan import Unit
@@ -82,18 +83,23 @@ def forecast(ready: Prepared) -> Forecast:
     with single_threaded():
         speeds = measured(next(iter(ready.fine.layout.shards.values())), Path(ready.config.out))
         trials: dict[tuple[int, ...], float] = {}
-        first, second, hashing = [], [], 0.0
+        first, second, hashing, on_gpus = [], [], 0.0, 0.0
         for unit in ready.plan.units:
             nbytes = _input_bytes(unit, ready)
             gathering = nbytes / speeds.hashing + unit.spec.numel * unit.models * speeds.adding
-            merging = _merge(unit, ready, speeds, trials)
+            merging = _merge(unit, ready, speeds)
+            method = 0.0 if unit.action in ("copy", "cast") else _method(unit, ready, trials)
+            if ready.devices == (CPU,):
+                merging += method
+            else:
+                on_gpus += method / len(ready.devices)
             first.append(0.0 if ready.at_once else nbytes / speeds.reading + gathering)
             second.append(merging + gathering if ready.at_once else merging)
             hashing += nbytes / speeds.hashing
     cores = min(ready.workers, os.cpu_count() or 1)
     written = ready.plan.output_bytes / speeds.writing
     ahead = min(hashing, START) / cores if cores > 1 else 0.0
-    return Forecast(_shared(first, cores), max(_shared(second, cores), written), ahead)
+    return Forecast(_shared(first, cores), max(_shared(second, cores), on_gpus, written), ahead)
 
 
 def _shared(seconds: list[float], cores: int) -> float:
@@ -107,7 +113,8 @@ def _input_bytes(unit: Unit, ready: Prepared) -> int:
     return sum(c.spec(own).nbytes for c, own in stored) + _vector_bytes(unit, ready)
 
 
-def _merge(unit: Unit, ready: Prepared, speeds: Speeds, trials: dict[tuple[int, ...], float]) -> float:
+def _merge(unit: Unit, ready: Prepared, speeds: Speeds) -> float:
+    """Seconds of one core, without the method's own."""
     copying = unit.spec.nbytes / speeds.reading * 2
     if unit.action == "copy":
         return copying
@@ -115,7 +122,7 @@ def _merge(unit: Unit, ready: Prepared, speeds: Speeds, trials: dict[tuple[int, 
     if unit.action == "cast":
         return copying + storing
     inputs = (unit.models + 1) * unit.spec.nbytes + _vector_bytes(unit, ready)
-    return inputs / speeds.reading + storing + _method(unit, ready, trials)
+    return inputs / speeds.reading + storing
 
 
 def _vector_bytes(unit: Unit, ready: Prepared) -> int:
@@ -156,14 +163,21 @@ def _trial(ready: Prepared, rows: int, columns: int, in_vector: bool, masked: bo
     safety = _delta(shape, rank, g, known=known) if in_vector else Delta(shape)
     stats = GlobalStats(1.0, 1.0, 1.0)
     mask = _logits(ready, shape, g) if masked else None
+    workspace = Workspace(ready.devices[0])
+    there = workspace.device
 
     def call() -> None:
-        merge_tensor(
+        merged = merge_tensor(
             ready.method, ready.params, stats, name="trial", base=base, tasks=tasks, safety=safety,
             weights=fine.weights, mask=mask,
         )  # fmt: skip
+        if merged and there != CPU:
+            workspace.lower("out", merged.dense(), torch.float32)
 
-    return _seconds(call)
+    with workspace.at_work():
+        base, tasks, safety = base.to(there), [task.to(there) for task in tasks], safety.to(there)
+        mask = None if mask is None else moved(mask, there)
+        return _seconds(call)
 
 
 def _logits(ready: Prepared, shape: tuple[int, ...], g: torch.Generator) -> Masking:

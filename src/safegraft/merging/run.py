@@ -346,6 +346,8 @@ def _finish(
     manifest = merge_manifest(ready, found, summary, given, started)
     if ray is not None:
         manifest["run"]["ray"] = ray
+    if ready.devices != (CPU,):
+        manifest["run"]["gpus"] = [torch.cuda.get_device_name(device) for device in ready.devices]
     folder.finish(manifest, index=index, sidecars=sidecars, texts=texts)
 
 

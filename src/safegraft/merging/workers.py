@@ -75,6 +75,8 @@ def on_devices(work: Callable[[A, Workspace], B], shares: Sequence[Share[A]]) ->
             stopped.set()
             raise
 
+    for share in shares:
+        _load_linear_algebra(share.device)
     with single_threaded(), ExitStack() as pools:
         futures = []
         for share in shares:
@@ -85,6 +87,13 @@ def on_devices(work: Callable[[A, Workspace], B], shares: Sequence[Share[A]]) ->
         except BaseException:
             stopped.set()
             raise
+
+
+def _load_linear_algebra(device: torch.device) -> None:
+    """Several threads must not be the first to ask a GPU for it (pytorch/pytorch#90613)."""
+    if device.type != "cpu":
+        with Workspace(device).at_work():
+            torch.linalg.eigh(torch.eye(2, device=device))
 
 
 @contextmanager

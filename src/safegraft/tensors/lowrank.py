@@ -183,10 +183,13 @@ class Delta:
         return replace(self, scale=self.scale * factor)
 
     def to(self, device: torch.device | str) -> Delta:
-        """The same on another device, without its SVD."""
+        """The same on another device."""
         full = None if self.full is None else self.full.to(device)
         low = None if self.low is None else LowRank(self.low.left.to(device), self.low.right.to(device))
-        return Delta(self.shape, full, low, scale=self.scale, device=torch.device(device))
+        known = self.known
+        if known is not None:
+            known = replace(known, u=known.u.to(device), s=known.s.to(device), v=known.v.to(device))
+        return Delta(self.shape, full, low, known, self.scale, torch.device(device))
 
     def svd(self, k: int) -> Svd:
         """The leading ``k`` triplets above the numerical rank, from the stored ones where they reach far enough."""

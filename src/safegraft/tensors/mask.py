@@ -117,6 +117,14 @@ class Mask:
         return workspace.lift(slot, out)
 
 
+def moved(masking: Masking, device: torch.device) -> Masking:
+    """The same logits on another device."""
+    if isinstance(masking, Logits):
+        return Logits(masking.values.to(device), masking.shape, masking.grain)
+    left, right = (Logits(one.values.to(device), one.shape, one.grain) for one in masking)
+    return left, right
+
+
 def write_mask(out: Path, logits: Mapping[str, Tensor], manifest: dict[str, Any], *, force: bool) -> Mask:
     """Write a mask's folder, whole or not at all. ``logits``: by their names in the file. Raises OutputError."""
     specs = [TensorSpec(name, s.dtype, tuple(s.shape)) for name, s in logits.items()]
