@@ -74,7 +74,7 @@ def test_by_hand(trio, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_method", lambda *_: 0.0)
     ready = prepare(load(MergeConfig, None, given | {"workers": 1, "method": "norm_matched"}))
     sizes = {n: w.numel() * 4 for n, w in weights(t.task).items()}
-    stored = {n: w.numel() * 4 for n, w in weights(t.vector).items()}
+    stored = {n: w.numel() * 4 for n, w in weights(t.vector).items() if "#" not in n}  # the method wants no SVD
     changed = sum(size for n, size in sizes.items() if n in stored)
     told = forecast(ready)
     assert told.survey == pytest.approx((2 * sum(sizes.values()) + sum(stored.values())) * (1 / 4 + 1 / 2))

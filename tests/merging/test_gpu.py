@@ -68,6 +68,15 @@ def test_several_fine_tunes(trio, tmp_path, two, method, vector):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("method", [name for name in VECTOR_METHODS if METHODS.get(name).fuses])
+def test_a_strength_of_zero(trio, tmp_path, two, method):
+    t = trio("gpt_oss", scope="hybrid")
+    params = PARAMS.get(method, {})
+    both(
+        two, tmp_path, "cuda", [t.task, t.unaligned], t.vector, base=t.base, method=method, params=params, strength=0.0
+    )
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2", "gemma2"])
 def test_other_shapes(trio, tmp_path, two, family):
     t = trio(family, scope="hybrid" if family != "gpt2" else "attention")

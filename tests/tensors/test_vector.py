@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import build, files_of, finetuned, leftovers, rewritten, unaligned, weights
+from models import build, files_of, finetuned, leftovers, rewritten, same_model, unaligned, weights
 from safegraft import merge
 from safegraft.errors import CheckpointError, ConfigError, LineageError, MismatchError, NumericError, OutputError
 from safegraft.tensors.making import subtract
@@ -356,17 +356,27 @@ def counted(real, names):
     return write
 
 
-def test_a_vector_whose_bytes_were_changed_is_not_merged(tmp_path):
+@pytest.mark.parametrize("part", ["", "#v"])
+def test_a_vector_whose_bytes_were_changed_is_not_merged(tmp_path, part):
+    """Singular directions that the method does not ask for are not read, and so make no difference."""
     base = build("llama", tmp_path / "base")
     task = finetuned(base, tmp_path / "task")
-    subtract(base, unaligned(base, tmp_path / "bad"), tmp_path / "v")
+    vector = subtract(base, unaligned(base, tmp_path / "bad"), tmp_path / "v")
+    merge(task, tmp_path / "v", tmp_path / "before", base=base)
     file = tmp_path / "v" / "vector.safetensors"
     data = bytearray(file.read_bytes())
-    data[-2] ^= 1
+    entry = vector.file.layout.entries[vector.names()[-1] + part]
+    data[entry.offset + entry.spec.nbytes - 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="manifest"):
-        merge(task, tmp_path / "v", tmp_path / "out", base=base)
+        merge(task, tmp_path / "v", tmp_path / "out", base=base, method="enchtable")
     assert not (tmp_path / "out").exists()
+    if part:
+        merge(task, tmp_path / "v", tmp_path / "out", base=base)
+        same_model(tmp_path / "out", tmp_path / "before")
+    else:
+        with pytest.raises(CheckpointError, match="manifest"):
+            merge(task, tmp_path / "v", tmp_path / "out", base=base)
 
 
 def test_layers_of_a_subtraction(tiny, tmp_path):

@@ -128,8 +128,8 @@ def _merge(unit: Unit, ready: Prepared, speeds: Speeds) -> float:
 def _vector_bytes(unit: Unit, ready: Prepared) -> int:
     if ready.vector is None or unit.name not in ready.fine.pairing.deltas:
         return 0
-    name, entries = ready.fine.pairing.deltas[unit.name], ready.vector.file.layout.entries
-    return sum(entries[key].spec.nbytes for key in (name, *(f"{name}#{x}" for x in "usv")) if key in entries)
+    vector = ready.vector
+    return sum(vector.file.layout.entries[k].spec.nbytes for k in vector.keys(ready.fine.pairing.deltas[unit.name]))
 
 
 def _method(unit: Unit, ready: Prepared, trials: dict[tuple[int, ...], float]) -> float:
@@ -159,7 +159,7 @@ def _trial(ready: Prepared, rows: int, columns: int, in_vector: bool, masked: bo
     shape = (rows, columns) if rows > 1 else (columns,)
     base = torch.randn(shape, generator=g)
     tasks = [_delta(shape, LORA if one.adapter else None, g) for one in (fine, *fine.others)]
-    known = ready.vector is not None and any(key.endswith("#s") for key in ready.vector.file.layout.entries)
+    known = ready.vector is not None and any(len(ready.vector.keys(name)) > 1 for name in ready.vector.names())
     safety = _delta(shape, rank, g, known=known) if in_vector else Delta(shape)
     stats = GlobalStats(1.0, 1.0, 1.0)
     mask = _logits(ready, shape, g) if masked else None

@@ -89,7 +89,9 @@ class Method:
             finds of the whole tensor beforehand, so that the engine may hand a tensor over in pieces, in order.
         local: whether the answer depends on no figure over all tensors but α, so that fine-tunes can be fused in one
             pass over them; the others in GlobalStats are NaN then. decomposes: whether it asks for the fine-tunes'
-            singular directions, so that a GPU may begin with those of many tensors at once.
+            singular directions, so that a GPU may begin with those of many tensors at once. directions: whether it asks
+            for the vector's, given the parameters; where it does not, those that are stored are not read, and a method
+            that asks all the same waits until they are worked out.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Method:
     overview: Overview | None = None
     local: bool = False
     decomposes: bool = False
+    directions: Callable[[Any], bool] = lambda params: False
 
     def parameters(self, given: dict[str, Any]) -> Settings:
         """The method's parameters with defaults filled in. Raises ConfigError naming every wrong one."""
@@ -127,6 +130,7 @@ def merge_method(
     overview: Overview | None = None,
     local: bool = False,
     decomposes: bool = False,
+    directions: Callable[[Any], bool] = lambda params: False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Register a function as a merge method; see Method. Its docstring's first line is shown by `safegraft methods`."""
 
@@ -134,7 +138,7 @@ def merge_method(
         summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
         method = Method(
             name, function, params, paper, summary, strength, match_norm, fuses, needs, entrywise, overview, local,
-            decomposes,
+            decomposes, directions,
         )  # fmt: skip
         METHODS.add(name, method)
         return function

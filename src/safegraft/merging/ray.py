@@ -58,6 +58,7 @@ class Job:
     base: str
     vector: str | None
     scope: Scope | None
+    directions: bool
     calibration: str | None
     mask: str | None
     method: str
@@ -200,7 +201,7 @@ def _job(run: Run, folder: OutputFolder) -> Job:
     return Job(
         [str((one.adapter or one.layout).path.absolute()) for one in (fine, *fine.others)], list(fine.weights),
         str(fine.base.path.absolute()), None if vector is None else str(vector.path.absolute()),
-        None if vector is None else vector.scope,
+        None if vector is None else vector.scope, vector is not None and vector.directions,
         None if calibration is None else str(calibration.path.absolute()),
         None if mask is None else str(mask.path.absolute()),
         run.method.name, params.model_dump(), run.survey, run.stats, run.seed,
@@ -221,7 +222,7 @@ def _opened(job: Job, node: str) -> Run:
     if not job.partial.is_dir():
         raise OutputError(f"node {node} does not see {job.partial}", shared)
     try:
-        vector = None if job.vector is None else SafetyVector(job.vector, job.scope)
+        vector = None if job.vector is None else SafetyVector(job.vector, job.scope, directions=job.directions)
         calibration = None if job.calibration is None else Calibration(job.calibration)
         mask = None if job.mask is None else Mask(job.mask)
         fine = FineTune.open(job.models, job.base, vector, job.weights)

@@ -126,7 +126,11 @@ def prepare(config: MergeConfig) -> Prepared:
         require_ray()
     calibration = None if config.calibration is None else Calibration(config.calibration)
     mask = None if config.mask is None else Mask(config.mask)
-    vector = None if config.vector is None else SafetyVector(config.vector, config.scope)
+    vector = (
+        None
+        if config.vector is None
+        else SafetyVector(config.vector, config.scope, directions=method.directions(params))
+    )
     fine = FineTune.open(config.models, config.base, vector, config.weights)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     strength = method.strength if config.strength is None else config.strength

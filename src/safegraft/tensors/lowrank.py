@@ -147,8 +147,8 @@ Started = tuple[Tensor, Tensor]
 class Delta:
     """One tensor's change, times ``scale``: dense, low-rank, or zero; with its SVD where that is already known.
 
-    ``full`` is float32 of any shape; ``low`` has two dimensions. Exactly one of them is given, or none for zero, whose
-    tensors are made on ``device``. ``started`` is what the SVD of ``full``, turned so that m ≤ n, begins with.
+    ``full`` is float32 of any shape; ``low`` has two dimensions. Exactly one of them is given, or none for a zero on
+    ``device``. ``started`` is what the SVD of ``full``, turned so that m ≤ n, begins with.
     """
 
     shape: tuple[int, ...]
@@ -163,10 +163,16 @@ class Delta:
     def is_zero(self) -> bool:
         return self.scale == 0.0 or (self.full is None and self.low is None)
 
+    @property
+    def _where(self) -> torch.device:
+        if self.full is not None:
+            return self.full.device
+        return self.device if self.low is None else self.low.left.device
+
     def dense(self) -> Tensor:
         """The whole tensor; for an unscaled dense delta the stored one itself, so do not write to it."""
         if self.is_zero:
-            return torch.zeros(self.shape, device=self.device)
+            return torch.zeros(self.shape, device=self._where)
         tensor = self.full if self.full is not None else self.low.dense()  # type: ignore[union-attr]
         return tensor if self.scale == 1.0 else tensor * self.scale
 
@@ -197,7 +203,7 @@ class Delta:
             raise ValueError(f"an SVD needs two dimensions, not {self.shape}")
         shape = (self.shape[0], self.shape[1])
         if self.is_zero:
-            u, s, v = (torch.zeros(size, device=self.device) for size in ((shape[0], 0), (0,), (shape[1], 0)))
+            u, s, v = (torch.zeros(size, device=self._where) for size in ((shape[0], 0), (0,), (shape[1], 0)))
             return Svd(u, s, v, complete=True)
         if self.known is not None and (self.known.complete or self.known.s.numel() >= k):
             found = self.known.leading(numerical_rank(self.known.s, shape))
@@ -219,7 +225,7 @@ class Delta:
         """A stack of matrices [e, m, n] (fused experts) as e deltas of two dimensions."""
         rest = self.shape[1:]
         if self.is_zero:
-            return [Delta(rest, device=self.device) for _ in range(self.shape[0])]
+            return [Delta(rest, device=self._where) for _ in range(self.shape[0])]
         assert self.full is not None
         known = self.known
         return [

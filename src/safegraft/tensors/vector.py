@@ -31,7 +31,8 @@ class SafetyVector:
     """A saved safety vector Δ = W_aligned − W_unaligned, read lazily.
 
     Args:
-        scope: take only its tensors that belong to this scope, as if it held no others.
+        scope: take only its tensors that belong to this scope, as if it held no others. directions: whether the
+            singular triplets stored beside whole deltas are read with them.
 
     Attributes:
         path, manifest: where it lies and what it says of itself. norm: ‖Δ‖₂ over its tensors.
@@ -41,9 +42,9 @@ class SafetyVector:
         to ``scope``.
     """
 
-    def __init__(self, path: str | Path, scope: Scope | None = None) -> None:
+    def __init__(self, path: str | Path, scope: Scope | None = None, *, directions: bool = True) -> None:
         self.path = Path(path)
-        self.label, self.scope = str(path), scope
+        self.label, self.scope, self.directions = str(path), scope, directions
         self.manifest: dict[str, Any] = read_manifest(
             self.path, VECTOR, KIND, ("tensors", "rank", "norm", "inputs", "config", "outputs"),
             "Make one: safegraft vector subtract ALIGNED UNALIGNED --out VECTOR",
@@ -97,10 +98,10 @@ class SafetyVector:
         Raises:
             CheckpointError: with ``check``, the bytes read are not those the manifest has the digest of.
         """
-        shape = self._shapes[name]
-        full = self._get(name, workspace, "vector.full", check) if name in self.file.layout.entries else None
+        shape, keys = self._shapes[name], self.keys(name)
+        full = self._get(name, workspace, "vector.full", check) if name in keys else None
         known = None
-        if f"{name}#s" in self.file.layout.entries:
+        if f"{name}#s" in keys:
             s = self._get(f"{name}#s", workspace, "vector.s", check)
             known = Svd(
                 self._get(f"{name}#u", workspace, "vector.u", check),
@@ -112,6 +113,12 @@ class SafetyVector:
             return Delta(shape, full=full, known=known)
         assert known is not None
         return Delta(shape, low=LowRank(known.u * known.s, known.v), known=known)
+
+    def keys(self, name: str) -> list[str]:
+        """What is read of the file for ``delta``."""
+        stored = self.file.layout.entries
+        triplets = self.directions or name not in stored
+        return [key for key in (name, *(f"{name}#{part}" for part in "usv" if triplets)) if key in stored]
 
     def rows(self, name: str, first: int, count: int, workspace: Workspace) -> Delta:
         """``count`` rows of a matrix's Δ from ``first``, as factors where the vector holds those; or entries of a

@@ -38,14 +38,19 @@ class Interference(Settings):
     )
 
 
-@merge_method("enchtable", params=EnchTable, paper="arXiv:2511.09880", strength=0.1, decomposes=True)
+@merge_method(
+    "enchtable", params=EnchTable, paper="arXiv:2511.09880", strength=0.1, decomposes=True, directions=lambda p: True
+)
 def enchtable(t: TensorTriple, p: EnchTable, stats: GlobalStats) -> Merged | None:
     """Add the scaled safety vector, each tensor weighted by w = exp(−I): as published (score paper, damp tensor)."""
     params = Interference(score="paper", damp="tensor", keep=p.keep, energy=1.0, sharpness=p.sharpness)
     return interference(t, params, stats)
 
 
-@merge_method("interference", params=Interference, paper="after arXiv:2511.09880", strength=0.4, decomposes=True)
+@merge_method(
+    "interference", params=Interference, paper="after arXiv:2511.09880", strength=0.4, decomposes=True,
+    directions=lambda p: p.score == "paper",
+)  # fmt: skip
 def interference(t: TensorTriple, p: Interference, stats: GlobalStats) -> Merged | None:
     """Add the scaled safety vector, less of it where it meets the fine-tune: without its part on the task's inputs.
 

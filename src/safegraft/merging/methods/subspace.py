@@ -37,8 +37,9 @@ class Lox(Settings):
 
 
 @merge_method(
-    "tsv_merge", params=Tsv, paper="arXiv:2412.00081", strength=1.0, match_norm=False, fuses=True, decomposes=True
-)
+    "tsv_merge", params=Tsv, paper="arXiv:2412.00081", strength=1.0, match_norm=False, fuses=True, decomposes=True,
+    directions=lambda p: True,
+)  # fmt: skip
 def tsv_merge(t: TensorTriple, p: Tsv, stats: GlobalStats) -> Merged | None:
     """Keep the leading directions of every delta, make them orthogonal to each other, and add them up.
 
@@ -58,7 +59,10 @@ def tsv_merge(t: TensorTriple, p: Tsv, stats: GlobalStats) -> Merged | None:
     return Merged((u * s) @ v.T, {"directions": float(s.numel())})
 
 
-@merge_method("safe_lora", params=SafeLora, paper="arXiv:2405.16833", strength=1.0, match_norm=False)
+@merge_method(
+    "safe_lora", params=SafeLora, paper="arXiv:2405.16833", strength=1.0, match_norm=False,
+    directions=lambda p: p.projector == "orthogonal",
+)  # fmt: skip
 def safe_lora(t: TensorTriple, p: SafeLora, stats: GlobalStats) -> Merged | None:
     """Replace the fine-tune's delta by its projection onto the vector where the two point apart.
 
@@ -76,7 +80,7 @@ def safe_lora(t: TensorTriple, p: SafeLora, stats: GlobalStats) -> Merged | None
     return Merged(projected, {"cosine": cosine, "projected": 1.0})
 
 
-@merge_method("lox", params=Lox, paper="arXiv:2506.15606", strength=1.0, match_norm=False)
+@merge_method("lox", params=Lox, paper="arXiv:2506.15606", strength=1.0, match_norm=False, directions=lambda p: True)
 def lox(t: TensorTriple, p: Lox, stats: GlobalStats) -> Merged | None:
     """Add only the vector's k leading directions: W_t + s_k. Tensors of one dimension keep the fine-tune."""
     if len(t.base.shape) < 2:
