@@ -45,3 +45,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(told.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether ``precision`` means bfloat16 on a device; ``auto`` does on a GPU that multiplies it by itself."""
+    if precision == "auto":
+        return device.type == "cuda" and multiplies_bfloat16(device)
+    return precision == "bfloat16"

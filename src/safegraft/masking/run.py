@@ -19,6 +19,7 @@ import torch
 from ..config import SomfConfig
 from ..errors import ConfigError, OutputError
 from ..evaluate.models.hf import load_chat
+from ..hardware import in_bfloat16
 from ..manifest import digest_of, new_manifest
 from ..merging import methods as _methods
 from ..merging.fusion import Fusion, usual_fusion, usual_scale
@@ -104,7 +105,8 @@ def learn_mask(
         fine, found, config.scope, layers=layers, names=KNOWN.extended(config.names), factors=config.mask_factors
     )
     how, grain = _fusion(config, fine), Grain(config.granularity, config.block)
-    device, dtype = _device(), _precision(config.precision)
+    device = _device()
+    dtype = torch.bfloat16 if in_bfloat16(config.precision, device) else torch.float32
     memory = expected(
         fine, chosen, others, how, grain, factors=config.mask_factors, width=dtype.itemsize,
         logit_width=getattr(torch, config.logits_dtype).itemsize, adamw=config.optimizer == "adamw",
@@ -219,12 +221,6 @@ def _fusion(config: SomfConfig, fine: FineTune) -> Fusion:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _precision(asked: str) -> torch.dtype:
-    if asked == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
 def _reference(

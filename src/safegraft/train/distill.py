@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ConfigError, OutputError
+from ..hardware import in_bfloat16
 from ..tensors.lowrank import LowRank
 from ..tensors.scopes import KNOWN, LayerRange, Names, Scope, chosen_weights, modules_in_scope
 from .data import Conversations, Encoded, PadRight
@@ -223,7 +224,7 @@ def training_arguments(recipe: Recipe, folder: Path, device: torch.device, **mor
         "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": recipe.batch // (micro * processes()),
-        "bf16": bfloat16(recipe.precision, device),
+        "bf16": in_bfloat16(recipe.precision, device),
         "save_strategy": "steps" if recipe.save_steps else "no",
         "save_steps": recipe.save_steps or 500,
     }
@@ -250,12 +251,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder`` that was written to its end, or None."""
     whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-
-def bfloat16(precision: str, device: torch.device) -> bool:
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bfloat16"
 
 
 def _require_whole(trainer: Trainer, recipe: Recipe) -> None:
