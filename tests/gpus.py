@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-COPIES = ("aten::_to_copy", "aten::copy_")
+COPIES = ("aten::_to_copy", "aten::to", "aten::copy_")
 current = threading.local()
 
 
@@ -42,6 +43,13 @@ class OnGpu(torch.Tensor):
     def __init__(self, held, where, stream):
         self.held, self.where, self.stream = held, where, stream
 
+    def tolist(self):
+        self.stream.synchronize()
+        return self.held.tolist()
+
+    def __deepcopy__(self, memo):
+        return OnGpu(self.held.clone(), self.where, self.stream)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -50,6 +58,37 @@ class OnGpu(torch.Tensor):
 class Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
+
+
+class Named(TorchFunctionMode):
+    """``cuda`` is ``cuda:0``, and numbers become a tensor there by way of the processor: C++ asks a GPU for both."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **kwargs or {})
+        args, kwargs = tree_map(numbered, (args, kwargs or {}))
+        there = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and there is not None and torch.device(there).type == "cuda":
+            return func(*args, **{**kwargs, "device": "cpu"}).to(there)
+        return func(*args, **kwargs)
+
+
+def numbered(leaf):
+    if isinstance(leaf, torch.device) or (isinstance(leaf, str) and leaf == "cuda"):
+        where = torch.device(leaf)
+        return torch.device("cuda", 0) if where.type == "cuda" and where.index is None else where
+    return leaf
+
+
+class Generator(torch.Generator):
+    """One of a GPU's, or of the processor's; both draw the same numbers."""
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.where = torch.device(device)
+        return made
+
+    device = property(lambda self: self.where)
 
 
 class Stream:
@@ -86,12 +125,15 @@ def on(stream: Stream):
 class Gpus:
     """``count`` of them with ``memory`` bytes each, there for the length of a block.
 
+    Args:
+        default: everything happens on the first one's default stream, as in programs that know of no others.
+
     Attributes:
         log: (device, operation, shape of its first tensor). streams: all that were made.
     """
 
-    def __init__(self, count: int, memory: int) -> None:
-        self.count, self.memory = count, memory
+    def __init__(self, count: int, memory: int, *, default: bool = False) -> None:
+        self.count, self.memory, self.default = count, memory, default
         self.log: list[tuple[str, str, tuple[int, ...]]] = []
         self.streams: list[Stream] = []
         self.pinned: set[int] = set()
@@ -107,14 +149,26 @@ class Gpus:
             "is_available": lambda: True, "device_count": lambda: self.count, "_lazy_init": lambda: None,
             "mem_get_info": lambda device: (self.memory, self.memory), "Stream": Noted, "stream": on,
             "get_device_name": lambda device: f"GPU {device.index}",
+            "set_device": lambda device: None, "current_device": lambda: 0, "manual_seed_all": lambda seed: None,
+            "is_bf16_supported": lambda including_emulation=True: True, "empty_cache": lambda: None,
+            "get_device_capability": lambda device=None: (9, 0),
         }  # fmt: skip
         self.patch = pytest.MonkeyPatch()
         for name, fake in fakes.items():
             self.patch.setattr(torch.cuda, name, fake)
         self.patch.setattr("gpus.here", self)
+        self.modes = ExitStack()
+        if self.default:
+            self.modes.enter_context(on(Stream(torch.device("cuda", 0))))
+            self.modes.enter_context(Named())
+            self.patch.setattr(torch, "Generator", Generator)
+            self.patch.setattr(torch.cuda.random, "get_rng_state", torch.get_rng_state)
+            self.patch.setattr(torch.cuda.random, "set_rng_state", torch.set_rng_state)
+            self.patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())  # wraps no tensors
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.modes.close()
         self.patch.undo()
 
 
@@ -123,16 +177,18 @@ here: Gpus | None = None
 
 def run(func, args, kwargs):
     name = func._schema.name
-    if name == "aten::empty" and kwargs.get("pin_memory"):
-        made = func(*args, **{**kwargs, "pin_memory": False})
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    if name == "aten::empty" and given.get("pin_memory"):
+        made = func(**{**given, "pin_memory": False})
         here.pinned.add(made.untyped_storage().data_ptr())
         return made
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
     lifted = [t for t in tensors if isinstance(t, OnGpu)]
-    places = {t.where for t in lifted}
-    target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    if target is not None and target.type == "meta":  # what the C++ of a tensor there takes it for
-        target = current.stream.device
+    places, target = {t.where for t in lifted}, None
+    if given.get("device") is not None:
+        target = torch.device(given["device"])
+        if target.type == "meta":  # what the C++ of a tensor there takes it for
+            target = current.stream.device
     if not places and (target is None or target.type == "cpu"):
         return func(*args, **kwargs)
     copies = name in COPIES
@@ -147,19 +203,22 @@ def run(func, args, kwargs):
         here.prepared = here.prepared or threading.current_thread() is threading.main_thread()
         assert here.prepared, f"{name} is the first of its kind, in a thread"
     here.log.append((str(place), name, tuple(tensors[0].shape) if tensors else ()))
-    blocking = not kwargs.get("non_blocking", len(args) > 2 and args[2] is True)
-    plain = {k: v for k, v in kwargs.items() if k not in ("non_blocking", "pin_memory")}
     if target is not None:
-        plain["device"] = torch.device("cpu")
-    if (copies and not all(isinstance(t, OnGpu) for t in tensors)) or name == "aten::_local_scalar_dense":
-        if blocking:
-            stream.synchronize()
-        if not blocking and name == "aten::copy_":
-            return downwards(args[0], args[1], stream)
-        if not blocking:
-            upwards(args[0], stream)
-    out = func(*tree_map(values, args), **tree_map(values, plain))
-    if (name == "aten::copy_" and not isinstance(args[0], OnGpu)) or (target is not None and target.type == "cpu"):
+        given["device"] = torch.device("cpu")
+    later = given.pop("non_blocking", False)
+    if "pin_memory" in given:
+        given["pin_memory"] = False
+    leaves = (copies and not all(isinstance(t, OnGpu) for t in tensors)) or name == "aten::_local_scalar_dense"
+    if leaves and not later:
+        stream.synchronize()
+    elif leaves and name == "aten::copy_":
+        return downwards(given["self"], given["src"], stream)
+    elif leaves:
+        upwards(given["self"], stream)
+    out = func(**tree_map(values, given))
+    if (name == "aten::copy_" and not isinstance(given["self"], OnGpu)) or (
+        target is not None and target.type == "cpu"
+    ):
         return out
     made = tree_map(lambda t: OnGpu(t, place, stream) if isinstance(t, torch.Tensor) else t, out)
     wanted = [t.numel() * t.element_size() for t in tree_leaves(made) if isinstance(t, OnGpu)]

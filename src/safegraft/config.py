@@ -12,6 +12,8 @@ from .errors import ConfigError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 ScopeName = Literal["attention", "attention-block", "ffn", "hybrid", "model", "all"]
+DEVICES = r"(cpu|cuda|cuda:\d+(,cuda:\d+)*)"
+"""The processor, the first GPU, or numbered ones."""
 
 
 class Settings(BaseModel):
@@ -52,7 +54,7 @@ class MergeConfig(Settings):
     dtype: DtypeName | None = Field(None, description="dtype of the output; the fine-tune's if not given")
     device: str = Field(
         "cpu",
-        pattern=r"^(cpu|cuda|cuda:\d+(,cuda:\d+)*)$",
+        pattern=f"^{DEVICES}$",
         description="where the arithmetic runs: cpu, cuda (the first GPU), cuda:1, or several GPUs as cuda:0,cuda:1",
     )
     workers: int | None = Field(None, ge=1, le=256, description="threads; the number of cores if not given")

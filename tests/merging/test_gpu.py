@@ -16,7 +16,7 @@ from safegraft.merging.forecast import forecast
 from safegraft.merging.method import METHODS
 from safegraft.merging.plan import BATCH, MEMORY_SHARE, PROCESS_BYTES, by_shape, most_workers
 from safegraft.merging.run import prepare
-from safegraft.merging.workers import devices_of
+from safegraft.tensors.devices import devices_of
 from safegraft.tensors.lowrank import Delta, with_started
 from safegraft.tensors.source import Workspace
 

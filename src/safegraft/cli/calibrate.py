@@ -19,7 +19,7 @@ def command(
     limit: int = typer.Option(128, min=1, help="Most prompts used."),
     max_length: int = typer.Option(512, min=2, help="Tokens a conversation is cut to."),
     memory: float = typer.Option(4.0, min=0.001, help="GB of matrices held at a time; more means fewer passes."),
-    device: str = typer.Option("cpu", help="cpu or cuda."),
+    device: str = typer.Option("cpu", help="cpu, cuda or cuda:1."),
     seed: int = typer.Option(0, help="Seed of which prompts are used."),
     resume: bool = typer.Option(False, "--resume", help="Go on with a run that was stopped, pass by pass (--memory)."),
     force: bool = typer.Option(False, "--force", help="Replace an existing output."),

@@ -21,6 +21,7 @@ from ..hardware import memory_of
 from ..manifest import digest_of, peak_memory
 from ..tensors.calibration import Calibration
 from ..tensors.checkpoint import INDEX
+from ..tensors.devices import devices_of
 from ..tensors.finetune import FineTune
 from ..tensors.lowrank import Delta
 from ..tensors.mask import Mask
@@ -39,7 +40,6 @@ from .plan import MEMORY_SHARE, PROCESS_BYTES, Plan, index_of, make_plan, most_w
 from .ray import Cluster, require_ray
 from .record import adapter_sidecars, fingerprints, merge_manifest, renamed_dtype, tokenizer_files
 from .survey import Survey, survey
-from .workers import devices_of
 
 _ = _methods
 

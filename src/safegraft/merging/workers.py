@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..errors import ConfigError
 from ..tensors.source import CPU, Workspace
 
 A = TypeVar("A")
@@ -25,26 +24,6 @@ class Share(Generic[A]):
     items: Sequence[A]
     workers: int
     device: torch.device = CPU
-
-
-def devices_of(named: str) -> tuple[torch.device, ...]:
-    """The devices that ``named`` means: ``cpu``, ``cuda`` (the first GPU), ``cuda:1``, or several GPUs with commas.
-
-    Raises:
-        ConfigError: there is no such GPU here, or one is named twice.
-    """
-    if named == "cpu":
-        return (CPU,)
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device {named!r}: torch sees no CUDA device here", "Use --device cpu.")
-    numbers = [int(part.partition(":")[2] or 0) for part in named.split(",")]
-    count = torch.cuda.device_count()
-    if max(numbers) >= count or len(set(numbers)) < len(numbers):
-        raise ConfigError(
-            f"device {named!r}: torch sees {count} CUDA device(s) here, cuda:0 to cuda:{count - 1}",
-            "Name each GPU once, or use --device cpu.",
-        )
-    return tuple(torch.device("cuda", number) for number in numbers)
 
 
 def parallel(work: Callable[[A, Workspace], B], items: Iterable[A], workers: int) -> list[B]:

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ConfigError, NumericError
 from ..manifest import digest_of, new_manifest
 from ..tensors.calibration import FILE, KIND, Calibration
 from ..tensors.checkpoint import Checkpoint
+from ..tensors.devices import devices_of
 from ..tensors.files import build_layout
 from ..tensors.scopes import SCOPES, Scope, in_scope
 from ..tensors.shards import sha256
@@ -57,8 +58,9 @@ def calibrate(
         scope: which weights: attention, ffn, hybrid or all (all adds a head that is not tied).
         limit: at most so many prompts, ≥ 1, drawn by ``seed``. max_length: tokens a conversation is cut to, ≥ 2.
         memory: bytes of matrices held at a time; at least one is.
-        device: cpu or cuda. force: replace an existing ``out``. resume: go on from ``OUT.partial`` with the passes that
-            are not done; the result is that of an uninterrupted run with the same ``memory``.
+        device: cpu, cuda (the first GPU) or cuda:1. force: replace an existing ``out``. resume: go on from
+            ``OUT.partial`` with the passes that are not done; the result is that of an uninterrupted run with the same
+            ``memory``.
 
     Raises:
         ConfigError: a value out of range, or rows that cannot be used. CheckpointError: the model cannot be loaded, or
@@ -286,9 +288,10 @@ def _check(scope: str, limit: int, max_length: int, memory: float, device: str) 
         wrong.append(f"max_length {max_length} is below 2")
     if not memory > 0:
         wrong.append(f"memory {memory} is not above 0")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        wrong.append(f"device {device!r} is neither cpu nor cuda")
-    elif device != "cpu" and not torch.cuda.is_available():
-        wrong.append(f"device {device!r}: torch sees no CUDA device here")
+    try:
+        if len(devices_of(device)) > 1:
+            wrong.append(f"device {device!r}: a model runs on one")
+    except ConfigError as error:
+        wrong.append(str(error.args[0]))
     if wrong:
         raise ConfigError("settings that cannot be used:\n" + "\n".join(f"- {w}" for w in wrong))
