@@ -277,6 +277,29 @@ class TestRefused:
         assert leftovers(tmp_path) == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestARealGpu:
+    """Matrix products round otherwise there, so these are near and not the same."""
+
+    @pytest.mark.parametrize("method", VECTOR_METHODS)
+    def test_every_method(self, trio, tmp_path, method):
+        t = trio("qwen2", scope="hybrid", hidden_size=64, head_dim=16)
+        settings = {"base": t.base, "method": method, "params": PARAMS.get(method, {}), "strength": 0.3}
+        for device in ("cuda", "cpu"):
+            merge(t.task, t.vector, tmp_path / device, device=device, **settings)
+        there, here = (weights(tmp_path / device) for device in ("cuda", "cpu"))
+        assert all(torch.allclose(there[n], here[n], atol=1e-5) for n in here)
+
+    def test_resumed_it_writes_the_same_bytes(self, trio, tmp_path, monkeypatch):
+        every = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        t = trio("llama", hidden_size=64, head_dim=16)
+        settings = {"model": t.task, "vector": t.vector, "base": t.base, "device": every}
+        merge(out=tmp_path / "whole", **settings)
+        interrupted(tmp_path / "out", monkeypatch, 1, **settings)
+        merge(out=tmp_path / "out", resume=True, **settings)
+        same_model(tmp_path / "out", tmp_path / "whole")
+
+
 class TestTheGpusNotice:
     """What the tests above rest on."""
 
