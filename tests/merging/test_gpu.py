@@ -269,6 +269,8 @@ class TestRefused:
     def test_too_little_memory(self, trio, tmp_path, two):
         t = trio("llama")
         two.memory = 700
+        with two, pytest.raises(ConfigError, match="cuda:0 has too little memory for"):  # one pass over the inputs
+            merge([t.task, t.unaligned], None, tmp_path / "out", base=t.base, device="cuda", method="task_arithmetic")
         with (
             two,
             pytest.raises(ConfigError, match=r"cuda:0 has too little memory for model\.layers\..*(?s:.*)--resume"),

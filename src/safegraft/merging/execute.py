@@ -67,13 +67,14 @@ def execute(
     def one(units: Sequence[Unit], workspace: Workspace) -> None:
         todo = [unit for unit in units if not is_done(unit, folder)]
         read: Sequence[_Inputs | None] = [None] * len(units)
-        if todo and len(units) > 1:  # all of them, so that going on gives the bytes of a run that was not stopped
-            read = _read_together(units, run, workspace)
-        for unit, inputs in zip(units, read, strict=True):
-            for done in write_unit(unit, run, folder, workspace, inputs) if unit in todo else ():
-                folder.done(*done)
-            if progress:
-                progress(unit.name, unit.spec.nbytes)
+        with _enough_memory(units[0], workspace):
+            if todo and len(units) > 1:  # all of them, so that going on gives the bytes of a run that was not stopped
+                read = _read_together(units, run, workspace)
+            for unit, inputs in zip(units, read, strict=True):
+                for done in write_unit(unit, run, folder, workspace, inputs) if unit in todo else ():
+                    folder.done(*done)
+                if progress:
+                    progress(unit.name, unit.spec.nbytes)
 
     on_devices(one, _shares(plan, run, workers))
     return figures_of(plan, folder)
@@ -112,13 +113,14 @@ def execute_at_once(
     def one(unit: Unit, workspace: Workspace) -> tuple[str, TensorStats]:
         stats: TensorStats | None = None
         done: list[Done] | None = [] if is_done(unit, folder) else None
-        if done is None and unit.in_pieces:
-            tally = Tally(run.fine, unit.name)
-            done = _compute_in_pieces(unit, run, folder, workspace, tally)
-            stats = tally.ended(workspace) if done else None
-        stats = stats or of_tensor(run.fine, None, unit.name, workspace)
-        if done is None:
-            done = write_unit(unit, replace(run, survey=Survey({unit.name: stats})), folder, workspace)
+        with _enough_memory(unit, workspace):
+            if done is None and unit.in_pieces:
+                tally = Tally(run.fine, unit.name)
+                done = _compute_in_pieces(unit, run, folder, workspace, tally)
+                stats = tally.ended(workspace) if done else None
+            stats = stats or of_tensor(run.fine, None, unit.name, workspace)
+            if done is None:
+                done = write_unit(unit, replace(run, survey=Survey({unit.name: stats})), folder, workspace)
         for each in done:
             folder.done(*each)
         if progress:
@@ -149,11 +151,10 @@ def write_unit(unit: Unit, run: Run, shards: Shards, workspace: Workspace, input
     if unit.action == "cast":
         done = _cast(unit, run, shards, workspace)
     elif unit.action != "copy":
-        with _enough_memory(unit, workspace):
-            if unit.in_pieces:
-                done = _compute_in_pieces(unit, run, shards, workspace)
-            else:
-                done = _compute(unit, run, shards, workspace, inputs or _read(unit, run, workspace))
+        if unit.in_pieces:
+            done = _compute_in_pieces(unit, run, shards, workspace)
+        else:
+            done = _compute(unit, run, shards, workspace, inputs or _read(unit, run, workspace))
     return _copy(unit, run, shards) if done is None else done
 
 
@@ -256,10 +257,9 @@ def _read(unit: Unit, run: Run, workspace: Workspace) -> _Inputs:
 
 def _read_together(units: Sequence[Unit], run: Run, workspace: Workspace) -> list[_Inputs]:
     """Several units on a GPU, where every tensor has memory of its own, with the SVDs of their changes begun."""
-    with _enough_memory(units[0], workspace):
-        read = [_read(unit, run, workspace) for unit in units]
-        started = iter(with_started([task for inputs in read for task in inputs.tasks]))
-        return [replace(inputs, tasks=[next(started) for _ in inputs.tasks]) for inputs in read]
+    read = [_read(unit, run, workspace) for unit in units]
+    started = iter(with_started([task for inputs in read for task in inputs.tasks]))
+    return [replace(inputs, tasks=[next(started) for _ in inputs.tasks]) for inputs in read]
 
 
 @contextmanager

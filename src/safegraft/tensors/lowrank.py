@@ -84,18 +84,19 @@ def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
     return int((s > max(shape) * torch.finfo(torch.float32).eps * s[0]).sum())
 
 
-def thin_svd(matrix: Tensor, k: int) -> Svd:
+def thin_svd(matrix: Tensor, k: int, started: Started | None = None) -> Svd:
     """The leading ``k`` singular triplets of a float32 ``matrix`` [m, n], those above the numerical rank.
 
     The vectors of the shorter side come from ``eigh`` of the Gram matrix, those of the longer side by one
     multiplication. Where σ_k falls below ``GRAM_FLOOR``·σ_1 the Gram matrix is formed again in float64.
+    ``started``: what that begins with, where it is known already.
     """
-    return _svd(matrix, lambda _: k)
+    return _svd(matrix, lambda _: k, started)
 
 
-def leading_svd(matrix: Tensor, energy: float) -> Svd:
+def leading_svd(matrix: Tensor, energy: float, started: Started | None = None) -> Svd:
     """The fewest leading triplets of ``matrix``, as thin_svd gives them, that hold ``energy`` in (0, 1] of ‖A‖²."""
-    return _svd(matrix, lambda s: holding(s, energy))
+    return _svd(matrix, lambda s: holding(s, energy), started)
 
 
 def _svd(matrix: Tensor, wanted: Callable[[Tensor], int], started: Started | None = None) -> Svd:
@@ -211,7 +212,7 @@ class Delta:
             found = self.low.svd()
         else:
             assert self.full is not None
-            found = _svd(self.full, lambda _: k, self.started)
+            found = thin_svd(self.full, k, self.started)
         return found.leading(min(k, found.s.numel())).scaled(self.scale)
 
     def leading(self, energy: float) -> Svd:
@@ -219,7 +220,7 @@ class Delta:
         if self.full is None:
             found = self.svd(min(self.shape))
             return found.leading(holding(found.s, energy))
-        return _svd(self.full, lambda s: holding(s, energy), self.started).scaled(self.scale)
+        return leading_svd(self.full, energy, self.started).scaled(self.scale)
 
     def slices(self) -> list[Delta]:
         """A stack of matrices [e, m, n] (fused experts) as e deltas of two dimensions."""
@@ -244,8 +245,8 @@ def with_started(deltas: Sequence[Delta]) -> list[Delta]:
     side in one call: on a GPU that takes little longer for many small matrices than for one."""
     sides: dict[int, list[tuple[int, Tensor]]] = {}
     for i, delta in enumerate(deltas):
-        if len(delta.shape) == 2 and not delta.is_zero and delta.full is not None and _largest(delta.full):
-            sides.setdefault(min(delta.shape), []).append((i, _gram(delta.full)))
+        if len(delta.shape) == 2 and not delta.is_zero and delta.full is not None and (top := _largest(delta.full)):
+            sides.setdefault(min(delta.shape), []).append((i, _gram(delta.full, top)))
     out = list(deltas)
     for found in sides.values():
         members, grams = zip(*found, strict=True)
@@ -255,10 +256,9 @@ def with_started(deltas: Sequence[Delta]) -> list[Delta]:
     return out
 
 
-def _gram(matrix: Tensor) -> Tensor:
+def _gram(matrix: Tensor, largest: float) -> Tensor:
     """As ``_svd`` forms it."""
-    turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    unit = turned / _largest(turned)
+    unit = (matrix.T if matrix.shape[0] > matrix.shape[1] else matrix) / largest
     return unit @ unit.T
 
 

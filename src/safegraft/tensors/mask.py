@@ -120,9 +120,8 @@ class Mask:
 def moved(masking: Masking, device: torch.device) -> Masking:
     """The same logits on another device."""
     if isinstance(masking, Logits):
-        return Logits(masking.values.to(device), masking.shape, masking.grain)
-    left, right = (Logits(one.values.to(device), one.shape, one.grain) for one in masking)
-    return left, right
+        return masking.to(device)
+    return masking[0].to(device), masking[1].to(device)
 
 
 def write_mask(out: Path, logits: Mapping[str, Tensor], manifest: dict[str, Any], *, force: bool) -> Mask:

@@ -67,6 +67,9 @@ class Logits:
     shape: tuple[int, ...]
     grain: Grain
 
+    def to(self, device: torch.device) -> Logits:
+        return Logits(self.values.to(device), self.shape, self.grain)
+
     def gate(self, mask: Tensor) -> Tensor:
         """m/mean(m), an entry each, of ``mask`` (a value a logit); all 0 where m is.
 
